@@ -1,0 +1,329 @@
+#include "agreement.h"
+
+#include "families.h"
+#include "threads.h"
+
+// The tensors are cut into tiles of fixed size.  Each tile leaves the losses of its units in a buffer of the first
+// cache and one sum in double; the sums are added in order.  So results do not depend on the number of threads.
+namespace bllkern::BLLKERN_ISA {
+namespace {
+
+constexpr int64_t kTile = 1024;                 // parameters of a tile, and the most units
+constexpr int64_t kPiece = 8 * kTile;           // parameters that a thread takes at a time
+constexpr int64_t kStreamBytes = int64_t{24} << 20;  // gradients larger than this pass by the caches
+
+// Rows of `units` latent units each, cut into tiles of whole rows, or of parts of one row where rows are long.
+struct Tiling {
+    int64_t rows, units, rows_per_tile, tiles_per_row, units_per_tile, count;
+
+    Tiling(int64_t rows, int64_t units, int64_t parameters_per_unit) : rows(rows), units(units) {
+        units_per_tile = parameters_per_unit < kTile ? kTile / parameters_per_unit : 1;
+        rows_per_tile = units <= units_per_tile ? units_per_tile / units : 1;
+        tiles_per_row = (units + units_per_tile - 1) / units_per_tile;
+        count = rows_per_tile > 1 ? (rows + rows_per_tile - 1) / rows_per_tile : rows * tiles_per_row;
+    }
+};
+
+struct Tile {
+    int64_t row;    // the first
+    int64_t begin;  // its first unit in that row
+    int64_t units;  // of all rows of the tile
+
+    Tile(const Tiling& tiling, int64_t i) {
+        if (tiling.rows_per_tile > 1) {
+            row = i * tiling.rows_per_tile, begin = 0;
+            int64_t left = tiling.rows - row;
+            units = (left < tiling.rows_per_tile ? left : tiling.rows_per_tile) * tiling.units;
+        } else {
+            row = i / tiling.tiles_per_row, begin = i % tiling.tiles_per_row * tiling.units_per_tile;
+            int64_t left = tiling.units - begin;
+            units = left < tiling.units_per_tile ? left : tiling.units_per_tile;
+        }
+    }
+};
+
+template <class T> struct Tensors {
+    const T* a;
+    const T* b;
+    T* grad_a;
+    T* grad_b;
+    float scale;
+    bool stream;
+};
+
+BLLKERN_INLINE bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kLaneBytes == 0; }
+
+// ---- families whose units stand alone; a unit's parameters lie `units` apart in its row ----
+
+template <class F, class T> struct Separate {
+    static constexpr int N = F::kParameters;
+
+    // Runs of whole vectors of units; a vector that crosses the end of a row, or of the tile, is gathered.
+    static void score(const Tensors<T>& tensors, const Tiling& tiling, const Tile& tile, float* losses) {
+        const Tensors<T> t = tensors;
+        for (int64_t i = 0; i < tile.units; i += kLanes) {
+            int64_t at = offset(tiling, tile, i), stride = tiling.units;
+            int64_t in_row = N == 1 ? tile.units : stride - (tile.begin + i) % stride;
+            int64_t left = tile.units - i, run = (in_row < left ? in_row : left) / kLanes * kLanes;
+            bool past_caches = t.stream && N == 1 && aligned(t.grad_a + at) && aligned(t.grad_b + at);
+            for (int64_t j = 0; j < run; j += kLanes)
+                store(losses + i + j, score_vector(t, at + j, stride, past_caches));
+            i += run;
+            if (i < tile.units) gather(t, tiling, tile, i, losses);
+        }
+    }
+
+  private:
+    static int64_t offset(const Tiling& tiling, const Tile& tile, int64_t i) {
+        int64_t unit = tile.row * tiling.units + tile.begin + i;
+        return N == 1 ? unit : unit / tiling.units * tiling.units * N + unit % tiling.units;
+    }
+
+    BLLKERN_INLINE Lanes score_vector(const Tensors<T>& t, int64_t at, int64_t stride, bool past_caches) {
+        Lanes a[N], b[N];
+        for (int c = 0; c < N; c++) a[c] = load(t.a + at + c * stride), b[c] = load(t.b + at + c * stride);
+        Agreement<Lanes, N> result = F::agreement(a, b);
+        for (int c = 0; c < N; c++) {
+            if (t.grad_a) put(t.grad_a + at + c * stride, result.by_a[c] * t.scale, past_caches);
+            if (t.grad_b) put(t.grad_b + at + c * stride, result.by_b[c] * t.scale, past_caches);
+        }
+        return result.loss;
+    }
+
+    BLLKERN_INLINE void put(T* p, Lanes x, bool past_caches) {
+        if (past_caches) stream(p, x);
+        else store(p, x);
+    }
+
+    static void gather(const Tensors<T>& t, const Tiling& tiling, const Tile& tile, int64_t i, float* losses) {
+        int n = tile.units - i < kLanes ? static_cast<int>(tile.units - i) : kLanes;
+        T a[N * kLanes] = {}, b[N * kLanes] = {}, grad_a[N * kLanes], grad_b[N * kLanes];
+        float loss[kLanes];
+        for (int c = 0; c < N; c++)
+            for (int l = 0; l < n; l++) {
+                int64_t at = offset(tiling, tile, i + l) + c * tiling.units;
+                a[c * kLanes + l] = t.a[at], b[c * kLanes + l] = t.b[at];
+            }
+        Tensors<T> local = {a, b, t.grad_a ? grad_a : nullptr, t.grad_b ? grad_b : nullptr, t.scale, false};
+        store(loss, score_vector(local, 0, kLanes, false));
+        for (int l = 0; l < n; l++) losses[i + l] = loss[l];
+        for (int c = 0; c < N; c++)
+            for (int l = 0; l < n; l++) {
+                int64_t at = offset(tiling, tile, i + l) + c * tiling.units;
+                if (t.grad_a) t.grad_a[at] = grad_a[c * kLanes + l];
+                if (t.grad_b) t.grad_b[at] = grad_b[c * kLanes + l];
+            }
+    }
+};
+
+// ---- categorical: a unit is a group, A its logsumexp ----
+
+template <class T> struct Grouped {
+    static constexpr int64_t kSmall = 2 * kLanes;  // groups below this size lie across the lanes, others along them
+
+    static void score(const Tensors<T>& t, const Tiling& tiling, const Tile& tile, float* losses, int64_t group) {
+        int64_t at = (tile.row * tiling.units + tile.begin) * group;
+        if (group >= kSmall) {
+            for (int64_t i = 0; i < tile.units; i++) losses[i] = score_large(t, at + i * group, group);
+            return;
+        }
+        for (int64_t i = 0; i < tile.units; i += kLanes) {
+            int n = tile.units - i < kLanes ? static_cast<int>(tile.units - i) : kLanes;
+            float loss[kLanes];
+            store(loss, score_small(t, at + i * group, static_cast<int>(group), n));
+            for (int l = 0; l < n; l++) losses[i + l] = loss[l];
+        }
+    }
+
+  private:
+    struct Three { Lanes a, b, both; };  // of the parameters a, b and a + b
+
+    // log(e^max_a sum_a) + log(e^max_b sum_b) - log(e^max_both sum_both), with one logarithm.  Here and below a + b
+    // keeps what it loses in rounding: of large parameters, that is enough to change a softmax.
+    BLLKERN_INLINE Lanes loss(const Three& m, const Three& s) {
+        Lanes highest = m.a + m.b;
+        return (highest - m.both) + rounding_of_sum(m.a, m.b, highest) + log(s.a * s.b / s.both);
+    }
+
+    BLLKERN_INLINE void raise(Three& m, Lanes a, Lanes b) {
+        m.a = max(m.a, a), m.b = max(m.b, b), m.both = max(m.both, a + b);
+    }
+
+    BLLKERN_INLINE Three exponentials(const Three& m, Lanes a, Lanes b) {
+        Lanes both = a + b;
+        return {exp_nonpositive(a - m.a).value, exp_nonpositive(b - m.b).value,
+                exp_nonpositive((both - m.both) + rounding_of_sum(a, b, both)).value};
+    }
+
+    BLLKERN_INLINE Three lowest() {
+        Lanes low = splat<Lanes>(-__builtin_inff());
+        return {low, low, low};
+    }
+
+    // The first n lanes from memory, the others -infinity, which adds nothing to a logsumexp.
+    BLLKERN_INLINE Lanes load_first(const T* p, int64_t n) {
+        if (n >= kLanes) return load(p);
+        T raw[kLanes] = {};
+        for (int l = 0; l < n; l++) raw[l] = p[l];
+        Lanes x = load(raw);
+        for (int l = static_cast<int>(n); l < kLanes; l++) x[l] = -__builtin_inff();
+        return x;
+    }
+
+    BLLKERN_INLINE void store_first(T* p, Lanes x, int64_t n) {
+        if (n >= kLanes) return store(p, x);
+        T raw[kLanes];
+        store(raw, x);
+        for (int l = 0; l < n; l++) p[l] = raw[l];
+    }
+
+    static float score_large(const Tensors<T>& t, int64_t at, int64_t group) {
+        const T *a = t.a + at, *b = t.b + at;
+        Three m = lowest();
+        for (int64_t j = 0; j < group; j += kLanes)
+            raise(m, load_first(a + j, group - j), load_first(b + j, group - j));
+        m = {splat<Lanes>(maximum(m.a)), splat<Lanes>(maximum(m.b)), splat<Lanes>(maximum(m.both))};
+
+        Three kept[kTile / kLanes];  // so that the gradients of a group of usual size need no second exponential
+        Three lanes = {};
+        for (int64_t j = 0; j < group; j += kLanes) {
+            Three e = exponentials(m, load_first(a + j, group - j), load_first(b + j, group - j));
+            lanes.a += e.a, lanes.b += e.b, lanes.both += e.both;
+            if (j < kTile) kept[j / kLanes] = e;
+        }
+        Three s = {splat<Lanes>(sum(lanes.a)), splat<Lanes>(sum(lanes.b)), splat<Lanes>(sum(lanes.both))};
+        Lanes inverse_a = t.scale / s.a, inverse_b = t.scale / s.b, inverse_both = t.scale / s.both;
+        for (int64_t j = 0; j < group && (t.grad_a || t.grad_b); j += kLanes) {
+            int64_t left = group - j;
+            Three e = j < kTile ? kept[j / kLanes] : exponentials(m, load_first(a + j, left), load_first(b + j, left));
+            if (t.grad_a) store_first(t.grad_a + at + j, e.a * inverse_a - e.both * inverse_both, left);
+            if (t.grad_b) store_first(t.grad_b + at + j, e.b * inverse_b - e.both * inverse_both, left);
+        }
+        return loss(m, s)[0];
+    }
+
+    // n <= kLanes neighbouring groups, one in each lane
+    static Lanes score_small(const Tensors<T>& t, int64_t at, int group, int n) {
+        Lanes a[kSmall], b[kSmall];
+        Three kept[kSmall];
+        across_lanes(t.a + at, a, group, n);
+        across_lanes(t.b + at, b, group, n);
+        Three m = lowest();
+        for (int j = 0; j < group; j++) raise(m, a[j], b[j]);
+        Three s = {};
+        for (int j = 0; j < group; j++) {
+            kept[j] = exponentials(m, a[j], b[j]);
+            s.a += kept[j].a, s.b += kept[j].b, s.both += kept[j].both;
+        }
+        Lanes inverse_a = t.scale / s.a, inverse_b = t.scale / s.b, inverse_both = t.scale / s.both;
+        for (int j = 0; j < group; j++) {
+            a[j] = kept[j].a * inverse_a - kept[j].both * inverse_both;
+            b[j] = kept[j].b * inverse_b - kept[j].both * inverse_both;
+        }
+        if (t.grad_a) from_across_lanes(a, t.grad_a + at, group, n);
+        if (t.grad_b) from_across_lanes(b, t.grad_b + at, group, n);
+        return loss(m, s);
+    }
+
+    // p [n, group] to x [group, kLanes]
+    static void across_lanes(const T* p, Lanes* x, int group, int n) {
+        float rows[kSmall * kLanes];
+        for (int i = 0; i < n * group; i += kLanes) store(rows + i, load_first(p + i, n * group - i));
+        for (int j = 0; j < group; j++) {
+            float column[kLanes] = {};
+            for (int l = 0; l < n; l++) column[l] = rows[l * group + j];
+            x[j] = load(column);
+        }
+    }
+
+    static void from_across_lanes(const Lanes* x, T* p, int group, int n) {
+        float rows[kSmall * kLanes];
+        for (int j = 0; j < group; j++) {
+            float column[kLanes];
+            store(column, x[j]);
+            for (int l = 0; l < n; l++) rows[l * group + j] = column[l];
+        }
+        for (int i = 0; i < n * group; i += kLanes) store_first(p + i, load(rows + i), n * group - i);
+    }
+};
+
+// ---- tiles to results ----
+
+struct Partials {
+    double* sums;
+    explicit Partials(int64_t n) : sums(new double[n]) {}
+    Partials(const Partials&) = delete;
+    ~Partials() { delete[] sums; }
+};
+
+// losses [rows, units] of n units to sums [rows]
+static void sum_rows(const float* losses, int64_t n, int64_t units, float* sums) {
+    if (units == 1) memcpy(sums, losses, n * sizeof(float));
+    else for (int64_t i = 0; i < n; i += units) *sums++ = static_cast<float>(sum(losses + i, units));
+}
+
+// `score` leaves the losses of a tile's units in a buffer.
+template <class T, class Score>
+void run(const AgreementJob& job, int64_t units, int64_t parameters_per_unit, Score score) {
+    bool stream = job.rows * job.width * int64_t{sizeof(T)} * 2 > kStreamBytes;
+    Tensors<T> tensors = {static_cast<const T*>(job.a), static_cast<const T*>(job.b), static_cast<T*>(job.grad_a),
+                          static_cast<T*>(job.grad_b), job.scale, stream};
+    // rows matter only where each has a loss of its own, or where they say which parameters belong together
+    bool one_row = !job.per_row && parameters_per_unit == 1;
+    Tiling tiling(one_row ? 1 : job.rows, one_row ? job.rows * units : units, parameters_per_unit);
+    bool rows_in_tiles = job.per_row && tiling.tiles_per_row == 1;
+    Partials partials(rows_in_tiles ? 0 : tiling.count);
+
+    auto body = [&](int64_t i) {
+        float losses[kTile];
+        Tile tile(tiling, i);
+        score(tensors, tiling, tile, losses);
+        if (rows_in_tiles) sum_rows(losses, tile.units, units, job.loss + tile.row);
+        else partials.sums[i] = sum(losses, tile.units);
+        if (stream) stream_fence();
+    };
+    int64_t parameters = tiling.units_per_tile * parameters_per_unit;
+    parallel_for(tiling.count, parameters < kPiece ? kPiece / parameters : 1, body);
+
+    if (rows_in_tiles) return;
+    int64_t results = job.per_row ? job.rows : 1, each = tiling.count / results;
+    for (int64_t r = 0; r < results; r++) {
+        double total = 0;
+        for (int64_t i = r * each; i < (r + 1) * each; i++) total += partials.sums[i];
+        job.loss[r] = static_cast<float>(total * job.scale);
+    }
+}
+
+template <class F, class T> void run_separate(const AgreementJob& job) {
+    run<T>(job, job.width / F::kParameters, F::kParameters, Separate<F, T>::score);
+}
+
+template <class T> void run_typed(const AgreementJob& job) {
+    switch (job.family) {
+        case Family::bernoulli: return run_separate<Bernoulli, T>(job);
+        case Family::gaussian: return run_separate<Gaussian, T>(job);
+        case Family::gaussian_learned: return run_separate<GaussianLearned, T>(job);
+        case Family::poisson: return run_separate<Poisson, T>(job);
+        case Family::categorical:
+            auto score = [&](const Tensors<T>& tensors, const Tiling& tiling, const Tile& tile, float* losses) {
+                Grouped<T>::score(tensors, tiling, tile, losses, job.group);
+            };
+            return run<T>(job, job.width / job.group, job.group, score);
+    }
+}
+
+}  // namespace
+
+void agreement(const AgreementJob& job) {
+    if (job.rows == 0 || job.width == 0) {
+        for (int64_t i = 0; i < (job.per_row ? job.rows : 1); i++) job.loss[i] = 0;
+        return;
+    }
+    switch (job.dtype) {
+        case DType::float32: return run_typed<float>(job);
+        case DType::bfloat16: return run_typed<BFloat16>(job);
+        case DType::float16: return run_typed<Half>(job);
+    }
+}
+
+}  // namespace bllkern::BLLKERN_ISA

@@ -1,0 +1,184 @@
+// The module bllkern._C: kernels called with raw pointers as integers.  bllkern/_native.py is its only caller and
+// checks every argument.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "agreement.h"
+#include "evidence_cross_entropy.h"
+#include "gram.h"
+#include "isa.h"
+#include "linear_cross_entropy.h"
+#include "linear_head.h"
+#include "memory.h"
+#include "normalize.h"
+#include "prototypes.h"
+
+namespace py = pybind11;
+using namespace bllkern;
+
+namespace {
+
+constexpr int64_t kLongCall = int64_t{1} << 15;  // elements from which on giving up the interpreter lock is cheap
+
+py::tuple supported_isas() {
+    py::list names;
+    for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
+        if (isa_supported(isa)) names.append(kIsaNames[static_cast<int>(isa)]);
+    return py::tuple(names);
+}
+
+void set_isa_by_name(const std::string& name) {
+    for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
+        if (name == kIsaNames[static_cast<int>(isa)] && isa_supported(isa)) return set_isa(isa);
+    throw std::invalid_argument("isa must be one of " + py::repr(supported_isas()).cast<std::string>() +
+                                " on this machine, got '" + name + "'");
+}
+
+template <class T> T* pointer(int64_t address) { return reinterpret_cast<T*>(address); }
+
+#if BLLKERN_CUDA_BUILT
+void check(const char* op, const char* failure) {
+    if (failure) throw std::runtime_error(std::string("CUDA kernel of ") + op + ": " + failure);
+}
+#endif
+
+// A function of call(job, extra...) with the members of the job as its first arguments.
+template <class... Extra, class Call> auto with_agreement_job(Call call) {
+    return [call](int64_t a, int64_t b, int64_t grad_a, int64_t grad_b, int64_t loss, int64_t rows, int64_t width,
+                  int64_t group, int family, int dtype, bool per_row, float scale, Extra... extra) {
+        AgreementJob job = {pointer<void>(a), pointer<void>(b), pointer<void>(grad_a), pointer<void>(grad_b),
+                            pointer<float>(loss), rows, width, group,
+                            static_cast<Family>(family), static_cast<DType>(dtype), per_row, scale};
+        return call(job, extra...);
+    };
+}
+
+template <class Call> auto without_lock_if_long(int64_t elements, Call call) {
+    if (elements < kLongCall) return call();
+    py::gil_scoped_release release;
+    return call();
+}
+
+// How many of the labels are not ignore_index.  The kernels index by labels, and compiled graphs do not check them.
+int64_t count_labels(int64_t labels, int64_t rows, int64_t classes, int64_t ignore_index) {
+    const int64_t* label = pointer<const int64_t>(labels);
+    int64_t counted = 0;
+    for (int64_t i = 0; i < rows; i++) {
+        if (label[i] == ignore_index) continue;
+        if (label[i] < 0 || label[i] >= classes)
+            throw py::value_error("target must hold class indices from 0 to " + std::to_string(classes - 1) +
+                                  " (or ignore_index " + std::to_string(ignore_index) + "), got " +
+                                  std::to_string(label[i]));
+        counted++;
+    }
+    return counted;
+}
+
+// Floats of workspace that evidence_cross_entropy needs.
+int64_t evidence_workspace(int64_t rows, int64_t classes, int64_t width, int64_t group, int family) {
+    EvidenceJob job = {};
+    job.rows = rows, job.classes = classes, job.width = width, job.group = group;
+    job.family = static_cast<Family>(family);
+    return EvidenceWorkspace(job, nullptr).size;
+}
+
+void evidence_cross_entropy_at(int64_t a, int64_t messages, int64_t log_prior, int64_t labels, int64_t probabilities,
+                               int64_t grad_a, int64_t grad_messages, int64_t grad_log_prior, int64_t loss,
+                               int64_t workspace, int64_t rows, int64_t classes, int64_t width, int64_t group,
+                               int64_t ignore_index, int family, int dtype, float scale) {
+    EvidenceJob job = {pointer<const void>(a), pointer<const void>(messages), pointer<const void>(log_prior),
+                       pointer<const int64_t>(labels), pointer<const float>(probabilities), pointer<void>(grad_a),
+                       pointer<void>(grad_messages), pointer<void>(grad_log_prior), pointer<float>(loss),
+                       pointer<float>(workspace), rows, classes, width, group, ignore_index, static_cast<Family>(family),
+                       static_cast<DType>(dtype), scale};
+    without_lock_if_long(rows * classes * width, [&] { BLLKERN_DISPATCH(evidence_cross_entropy)(job); });
+}
+
+double softmax_errors_at(int64_t logits, int64_t bias, int64_t labels, int64_t probabilities, int64_t rows,
+                         int64_t classes, int64_t ignore_index, float smoothing, float scale, int dtype, bool write) {
+    SoftmaxErrorJob job = {pointer<void>(logits), pointer<const float>(bias), pointer<const int64_t>(labels),
+                           pointer<const float>(probabilities), rows, classes, ignore_index, smoothing, scale,
+                           static_cast<DType>(dtype), write};
+    return without_lock_if_long(rows * classes, [&] { return BLLKERN_DISPATCH(softmax_errors)(job); });
+}
+
+void linear_head_at(int64_t x, int64_t weight, int64_t bias, int64_t labels, int64_t probabilities, int64_t grad_x,
+                    int64_t grad_weight, int64_t grad_bias, int64_t loss, int64_t rows, int64_t width, int64_t classes,
+                    int64_t ignore_index, float smoothing, float scale, int dtype) {
+    LinearHeadJob job = {pointer<const void>(x), pointer<const void>(weight), pointer<const void>(bias),
+                         pointer<const int64_t>(labels), pointer<const float>(probabilities), pointer<void>(grad_x),
+                         pointer<void>(grad_weight), pointer<void>(grad_bias), pointer<float>(loss), rows, width,
+                         classes, ignore_index, smoothing, scale, static_cast<DType>(dtype)};
+    without_lock_if_long(rows * width, [&] { BLLKERN_DISPATCH(linear_head)(job); });
+}
+
+int64_t normalize_rows_at(int64_t x, int64_t labels, int64_t normalized, int64_t rows, int64_t width,
+                          int64_t ignore_index, int dtype) {
+    NormalizeJob job = {pointer<const void>(x), pointer<const int64_t>(labels), pointer<float>(normalized), rows, width,
+                        ignore_index, static_cast<DType>(dtype)};
+    return without_lock_if_long(rows * width, [&] { return BLLKERN_DISPATCH(normalize_rows)(job); });
+}
+
+void normalize_gradient_at(int64_t x, int64_t by_rows, int64_t by_classes, int64_t labels, int64_t counts,
+                           int64_t grad_x, int64_t rows, int64_t width, int64_t ignore_index, float scale, int dtype) {
+    NormalizeGradientJob job = {pointer<const void>(x), pointer<const float>(by_rows), pointer<const float>(by_classes),
+                                pointer<const int64_t>(labels), pointer<const int64_t>(counts), pointer<void>(grad_x),
+                                rows, width, ignore_index, scale, static_cast<DType>(dtype)};
+    without_lock_if_long(rows * width, [&] { BLLKERN_DISPATCH(normalize_gradient)(job); });
+}
+
+double gram_error_at(int64_t gram, int64_t labels, int64_t first, int64_t rows, int64_t columns, int64_t ignore_index,
+                     bool without_diagonal) {
+    GramErrorJob job = {pointer<float>(gram), pointer<const int64_t>(labels), first, rows, columns, ignore_index,
+                        without_diagonal};
+    return without_lock_if_long(rows * columns, [&] { return BLLKERN_DISPATCH(gram_error)(job); });
+}
+
+double sum_of_squares_at(int64_t x, int64_t count) {
+    return without_lock_if_long(count, [&] { return BLLKERN_DISPATCH(sum_of_squares)(pointer<const float>(x), count); });
+}
+
+void prototypes_at(int64_t x, int64_t labels, int64_t prototypes, int64_t counts, int64_t rows, int64_t width,
+                   int64_t classes, int64_t ignore_index, int dtype) {
+    PrototypesJob job = {pointer<const void>(x), pointer<const int64_t>(labels), pointer<float>(prototypes),
+                         pointer<int64_t>(counts), rows, width, classes, ignore_index, static_cast<DType>(dtype)};
+    without_lock_if_long(rows * width, [&] { BLLKERN_DISPATCH(prototypes)(job); });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    py::list families;
+    for (const char* name : kFamilyNames) families.append(name);
+    m.attr("families") = py::tuple(families);
+    m.attr("compiler") = BLLKERN_COMPILER;
+    m.attr("cuda_built") = BLLKERN_CUDA_BUILT != 0;
+    m.attr("cuda_version") = BLLKERN_CUDA_VERSION;
+    m.attr("cuda_architectures") = BLLKERN_CUDA_ARCHITECTURES;
+    m.attr("isas") = supported_isas();
+    m.def("isa", [] { return kIsaNames[static_cast<int>(current_isa())]; });
+    m.def("set_isa", &set_isa_by_name);
+    m.def("prefer_huge_pages", [](int64_t p, int64_t bytes) { prefer_huge_pages(reinterpret_cast<void*>(p), bytes); });
+
+    m.def("agreement", with_agreement_job([](const AgreementJob& job) {
+        without_lock_if_long(job.rows * job.width, [&] { BLLKERN_DISPATCH(agreement)(job); });
+    }));
+    m.def("evidence_workspace", &evidence_workspace);
+    m.def("evidence_cross_entropy", &evidence_cross_entropy_at);
+    m.def("count_labels", &count_labels);
+    m.def("softmax_errors", &softmax_errors_at);
+    m.def("linear_head", &linear_head_at);
+    m.def("normalize_rows", &normalize_rows_at);
+    m.def("normalize_gradient", &normalize_gradient_at);
+    m.def("gram_error", &gram_error_at);
+    m.def("sum_of_squares", &sum_of_squares_at);
+    m.def("prototypes", &prototypes_at);
+#if BLLKERN_CUDA_BUILT
+    m.def("agreement_cuda_partials", with_agreement_job(&agreement_cuda_partials));
+    m.def("agreement_cuda", with_agreement_job<int64_t, int64_t>([](const auto& job, int64_t partials, int64_t stream) {
+        check("agreement", agreement_cuda(job, pointer<float>(partials), pointer<void>(stream)));
+    }));
+#endif
+}

@@ -1,0 +1,74 @@
+// Rows of any length: vectors of lanes along them, the last one partly filled.
+#pragma once
+
+#include "dtype.h"
+#include "simd.h"
+
+namespace bllkern::BLLKERN_ISA {
+
+// The first n lanes from memory, the others `fill`.
+template <class T> BLLKERN_INLINE Lanes load_first(const T* p, int64_t n, float fill) {
+    if (n >= kLanes) return load(p);
+    T raw[kLanes] = {};
+    for (int l = 0; l < n; l++) raw[l] = p[l];
+    Lanes x = load(raw);
+    for (int l = static_cast<int>(n); l < kLanes; l++) x[l] = fill;
+    return x;
+}
+
+template <class T> BLLKERN_INLINE void store_first(T* p, Lanes x, int64_t n) {
+    if (n >= kLanes) return store(p, x);
+    T raw[kLanes];
+    store(raw, x);
+    for (int l = 0; l < n; l++) p[l] = raw[l];
+}
+
+// body(i, n) for the vectors that begin at each i of [begin, end); n elements of it belong to the row, kLanes of all but
+// the last, which the compiler sees.
+template <class Body> BLLKERN_INLINE void each_vector(int64_t begin, int64_t end, Body body) {
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) body(i, kLanes);
+    if (i < end) body(i, end - i);
+}
+
+// The sum in double of what term(i, n) gives for each vector; lanes past n are 0.  Chunks keep runs of float sums short.
+template <class Term> BLLKERN_INLINE double sum_vectors(int64_t count, Term term) {
+    constexpr int64_t kChunk = 64 * kLanes;
+    double total = 0;
+    for (int64_t begin = 0; begin < count; begin += kChunk) {
+        int64_t end = begin + kChunk < count ? begin + kChunk : count;
+        Lanes even = {}, odd = {};
+        int64_t i = begin;
+        for (; i + 2 * kLanes <= end; i += 2 * kLanes) even += term(i, kLanes), odd += term(i + kLanes, kLanes);
+        if (i < end) even += term(i, end - i < kLanes ? end - i : kLanes);
+        if (i + kLanes < end) odd += term(i + kLanes, end - i - kLanes);
+        total += sum(even + odd);
+    }
+    return total;
+}
+
+// body(T{}) with the C++ type of `dtype`
+template <class Body> BLLKERN_INLINE void with_type(DType dtype, Body body) {
+    switch (dtype) {
+        case DType::float32: return body(float{});
+        case DType::bfloat16: return body(BFloat16{});
+        case DType::float16: return body(Half{});
+    }
+}
+
+// Memory for the time of a call.
+template <class T> struct Scratch {
+    T* data;
+    explicit Scratch(int64_t n) : data(new T[n]) {}
+    Scratch(const Scratch&) = delete;
+    ~Scratch() { delete[] data; }
+    T& operator[](int64_t i) { return data[i]; }
+};
+
+BLLKERN_INLINE double sum_in_order(const double* x, int64_t n) {
+    double total = 0;
+    for (int64_t i = 0; i < n; i++) total += x[i];
+    return total;
+}
+
+}  // namespace bllkern::BLLKERN_ISA
