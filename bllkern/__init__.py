@@ -1,0 +1,41 @@
+"""Training neural networks without end-to-end backpropagation: blocks that learn from local losses."""
+
+from . import backends, families, functional, models, objectives
+from .backends import backend
+from .blocks import (
+    BlockLocal,
+    BlockLocalConv,
+    BlockLocalConv1d,
+    BlockLocalConv2d,
+    BlockLocalConv3d,
+    BlockLocalLinear,
+    Boundary,
+)
+from .convert import convert, unwrap
+from .execution.targets import targets
+from .isolation import assert_isolated
+from .network import local_loss, local_losses, optimizers
+
+__version__ = "0.1.0"
+__all__ = [
+    "BlockLocal",
+    "BlockLocalConv",
+    "BlockLocalConv1d",
+    "BlockLocalConv2d",
+    "BlockLocalConv3d",
+    "BlockLocalLinear",
+    "Boundary",
+    "assert_isolated",
+    "backend",
+    "backends",
+    "convert",
+    "families",
+    "functional",
+    "local_loss",
+    "local_losses",
+    "models",
+    "objectives",
+    "optimizers",
+    "targets",
+    "unwrap",
+]

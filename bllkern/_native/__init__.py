@@ -1,0 +1,25 @@
+"""The only package that calls the compiled module: checks, allocation, stream.
+
+A kernel of ``_C`` takes raw pointers to contiguous tensors and writes into tensors allocated here.
+"""
+
+from .agreement import agreement
+from .evidence_cross_entropy import evidence_cross_entropy
+from .gram import decorrelation, similarity_matching
+from .linear_cross_entropy import linear_cross_entropy
+from .module import _C, DTYPES, cuda_built, error
+from .prototypes import prototypes, prototypes_gradient
+
+__all__ = [
+    "DTYPES",
+    "_C",
+    "agreement",
+    "cuda_built",
+    "decorrelation",
+    "error",
+    "evidence_cross_entropy",
+    "linear_cross_entropy",
+    "prototypes",
+    "prototypes_gradient",
+    "similarity_matching",
+]

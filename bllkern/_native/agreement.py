@@ -1,0 +1,41 @@
+"""Agreement of two messages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .module import _C, DTYPES, FAMILIES, check_like, empty, on_stream
+
+
+def agreement(
+    a: Tensor, b: Tensor, family: str, group_size: int, reduction: str, grad_a: bool, grad_b: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The op ``agreement`` of ``bllkern/_ops.py`` on the device of a."""
+    check_like("b", b, "a", a)
+    a, b = a.contiguous(), b.contiguous()
+    shape, dtype = a.shape, a.dtype
+    width, per_row = shape[-1], reduction == "none"
+    rows = a.numel() // width if width else shape[:-1].numel()
+    loss = empty(shape[:-1] if per_row else (), a, torch.float32)
+    by_a = empty(shape, a, dtype) if grad_a else None
+    by_b = empty(shape, a, dtype) if grad_b else None
+    job = (
+        a.data_ptr(),
+        b.data_ptr(),
+        by_a.data_ptr() if grad_a else 0,
+        by_b.data_ptr() if grad_b else 0,
+        loss.data_ptr(),
+        rows,
+        width,
+        group_size or width,
+        FAMILIES[family],
+        DTYPES[dtype],
+        per_row,
+        1 / rows if rows and reduction == "mean" else 1.0,
+    )
+    if a.is_cuda:
+        on_stream(_C.agreement_cuda, _C.agreement_cuda_partials, a.device, job)
+    else:
+        _C.agreement(*job)
+    return loss, by_a, by_b

@@ -1,0 +1,70 @@
+"""Cross-entropy over the log evidence of each class."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .module import _C, DTYPES, FAMILIES, address, empty
+
+
+def evidence_cross_entropy(
+    a: Tensor,
+    messages: Tensor,
+    log_prior: Tensor | None,
+    target: Tensor,
+    family: str,
+    group_size: int,
+    reduction: str,
+    ignore_index: int,
+    grad_a: bool,
+    grad_messages: bool,
+    grad_log_prior: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The op ``evidence_cross_entropy`` of ``bllkern/_ops.py`` on the CPU."""
+    (rows, width), classes = a.shape, len(messages)
+    _check("messages", messages, a, (classes, width))
+    if log_prior is not None:
+        _check("log_prior", log_prior, a, (classes,))
+        log_prior = log_prior.contiguous()
+    a, messages = a.contiguous(), messages.contiguous()
+    if target.is_floating_point():
+        labels, probabilities, counted = None, target.float().contiguous(), rows
+    else:
+        labels, probabilities = target.contiguous(), None
+        counted = _C.count_labels(labels.data_ptr(), rows, classes, ignore_index)
+    dtype, family_index, group = a.dtype, FAMILIES[family], group_size or max(width, 1)
+    by_a = empty(a.shape, a, dtype) if grad_a else None
+    by_messages = empty(messages.shape, a, dtype) if grad_messages else None
+    by_log_prior = empty(log_prior.shape, a, dtype) if grad_log_prior and log_prior is not None else None
+    loss = empty((), a, torch.float32)
+    workspace = empty(_C.evidence_workspace(rows, classes, width, group, family_index), a, torch.float32)
+    _C.evidence_cross_entropy(
+        a.data_ptr(),
+        messages.data_ptr(),
+        address(log_prior),
+        address(labels),
+        address(probabilities),
+        address(by_a),
+        address(by_messages),
+        address(by_log_prior),
+        loss.data_ptr(),
+        workspace.data_ptr(),
+        rows,
+        classes,
+        width,
+        group,
+        ignore_index,
+        family_index,
+        DTYPES[dtype],
+        1 / counted if counted and reduction == "mean" else 1.0,
+    )
+    return loss, by_a, by_messages, by_log_prior
+
+
+def _check(name: str, x: Tensor, a: Tensor, shape: tuple[int, ...]) -> None:
+    if x.dtype != a.dtype or x.device != a.device or x.shape != shape:
+        raise ValueError(
+            f"{name} must have dtype and device of a, {a.dtype} on {a.device}, and shape {list(shape)}, "
+            f"got {x.dtype} on {x.device} {list(x.shape)}"
+        )

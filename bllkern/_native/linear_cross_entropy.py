@@ -1,0 +1,107 @@
+"""Cross-entropy of a linear head: one call where the head is small, else torch's matrix products over tiles of rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .module import _C, DTYPES, address, empty
+
+_SMALL_CLASSES = 32  # matrix products with so few columns, or
+_SMALL_PRODUCTS = 1 << 23  # with so few multiplications, are faster without the library
+_TILE_ROWS = 1024  # each tile reads the weight and updates its gradient: so many rows hide that behind the arithmetic
+_TILE_BYTES = 32 << 20  # of logits in a tile that are worth having where there are few classes
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    label_smoothing: float,
+    reduction: str,
+    ignore_index: int,
+    grad_x: bool,
+    grad_weight: bool,
+    grad_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The op ``linear_cross_entropy`` of ``bllkern/_ops.py`` on the CPU."""
+    classes, width = weight.shape
+    rows = x.shape[0]
+    features = x if x.dim() == 2 else x.flatten(2).mean(2)
+    if target.is_floating_point():
+        labels, probabilities, counted = None, target, rows
+    else:
+        labels, probabilities = target.contiguous(), None
+        counted = _C.count_labels(labels.data_ptr(), rows, classes, ignore_index)
+    scale = 1 / counted if counted and reduction == "mean" else 1.0
+    settings = labels, probabilities, ignore_index, label_smoothing, scale
+    wanted = grad_x, grad_weight, grad_bias and bias is not None
+    small = classes <= _SMALL_CLASSES or rows * width * classes <= _SMALL_PRODUCTS
+    head = _whole if small else _by_tiles
+    loss, by_x, by_weight, by_bias = head(features, weight, bias, settings, wanted)
+    return loss, by_x if x.dim() == 2 or by_x is None else _spread(by_x, x), by_weight, by_bias
+
+
+def _whole(features, weight, bias, settings, wanted):
+    """Loss and gradients of a head on features [N, D]."""
+    labels, probabilities, ignore_index, label_smoothing, scale = settings
+    features, weight = features.contiguous(), weight.contiguous()
+    bias = bias if bias is None else bias.contiguous()
+    probabilities = probabilities if probabilities is None else probabilities.float().contiguous()
+    inputs = features, weight, bias
+    loss = features.new_empty((), dtype=torch.float32)
+    gradients = [empty(t.shape, t, t.dtype) if want else None for t, want in zip(inputs, wanted)]
+    pointers = map(address, (*inputs, labels, probabilities, *gradients, loss))
+    _C.linear_head(
+        *pointers, *features.shape, len(weight), ignore_index, label_smoothing, scale, DTYPES[features.dtype]
+    )
+    return loss, *gradients
+
+
+def _by_tiles(features, weight, bias, settings, wanted):
+    """The same by matrix products of bfloat16 where the features are, else of float32."""
+    labels, probabilities, ignore_index, label_smoothing, scale = settings
+    given = features.dtype
+    dtype = torch.bfloat16 if given == torch.bfloat16 else torch.float32
+    features, w, (rows, width), classes = features.to(dtype), weight.to(dtype), features.shape, len(weight)
+    offsets = None if bias is None else bias.float().contiguous()
+    grad_x, grad_weight, grad_bias = wanted
+    by_x = empty((rows, width), features, dtype) if grad_x else None
+    by_weight = empty((classes, width), features, dtype) if grad_weight else None
+    by_bias = features.new_zeros(classes, dtype=torch.float32) if grad_bias else None
+    step = min(max(_TILE_ROWS, _TILE_BYTES // (classes * dtype.itemsize)), max(rows, 1))
+    logits, loss = empty((step, classes), features, dtype), 0.0
+    for i in range(0, max(rows, 1), step):
+        part = features[i : i + step]
+        tile = logits[: len(part)]
+        goal = None if probabilities is None else probabilities[i : i + step].float().contiguous()
+        torch.mm(part, w.T, out=tile)
+        loss += _C.softmax_errors(
+            tile.data_ptr(),
+            address(offsets),
+            0 if labels is None else labels.data_ptr() + i * labels.itemsize,
+            address(goal),
+            len(part),
+            classes,
+            ignore_index,
+            label_smoothing,
+            scale,
+            DTYPES[dtype],
+            any(wanted),
+        )
+        if grad_x:
+            torch.mm(tile, w, out=by_x[i : i + step])
+        if grad_weight:
+            torch.addmm(by_weight, tile.T, part, beta=1 if i else 0, out=by_weight)
+        if grad_bias:
+            by_bias += tile.sum(0, dtype=torch.float32)
+    gradients = [None if t is None else t.to(given) for t in (by_x, by_weight, by_bias)]
+    return torch.tensor(loss, dtype=torch.float32), *gradients
+
+
+def _spread(by_mean: Tensor, x: Tensor) -> Tensor:
+    """The gradient by x [N, D, *spatial] of a mean over space whose gradient is ``by_mean`` [N, D]."""
+    space = x.shape[2:]
+    by_mean = by_mean / max(space.numel(), 1)
+    return empty(x.shape, x, x.dtype).copy_(by_mean[(..., *[None] * len(space))].expand(x.shape))

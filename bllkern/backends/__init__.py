@@ -1,0 +1,85 @@
+"""Which backend runs an operation: chosen per device and dtype, or named by the user.
+
+A backend is a module with one function per op it has, named and called as its schema in ``bllkern/_ops.py`` says, and
+``unavailable(op, device_type, dtype)``: the reason why it cannot run an op there, or ``None``.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from contextlib import contextmanager
+
+import torch
+
+from .. import _ops
+from . import cpu, cuda, reference, triton
+
+BACKENDS = {"reference": reference, "cpu": cpu, "cuda": cuda, "triton": triton}
+AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+
+_named: str | None = None
+
+
+def why_not(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why backend ``name`` cannot run ``op`` on that device and dtype; ``None`` if it can."""
+    if name == "reference":
+        return None
+    return BACKENDS[name].unavailable(op, device_type, dtype)
+
+
+@functools.lru_cache(maxsize=None)
+def choose(op: str, device_type: str, dtype: torch.dtype, named: str | None = None) -> str:
+    """The backend that runs ``op``: the one ``named``, which must be able to, or the first of the automatic order."""
+    if named is not None:
+        reason = why_not(named, op, device_type, dtype)
+        if reason:
+            raise RuntimeError(f"backend {named!r} cannot run {op} on {device_type} in {dtype}: {reason}")
+        return named
+    order = AUTOMATIC.get(device_type, ("reference",))
+    return next(name for name in order if why_not(name, op, device_type, dtype) is None)
+
+
+@functools.lru_cache(maxsize=None)
+def _function(op, device_type, dtype, named):
+    return getattr(BACKENDS[choose(op, device_type, dtype, named)], op)
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {sorted(BACKENDS)}, got {name!r}")
+    return name
+
+
+@contextmanager
+def backend(name: str):
+    """Run every op inside the ``with`` block on backend ``name``: ``reference``, ``cpu``, ``cuda`` or ``triton``.
+
+    Raises ``ValueError`` for another name; an op that the backend cannot run raises ``RuntimeError`` with the reason.
+    """
+    global _named
+    previous, _named = _named, _check_name(name, "backend")
+    try:
+        yield
+    finally:
+        _named = previous
+
+
+def _register(op: str) -> None:
+    def kernel(*args):
+        x = args[0]
+        device_type = x.device.type
+        function = _function(op, device_type, x.dtype, _named)
+        if not torch.is_autocast_enabled(device_type):
+            return function(*args)
+        with torch.autocast(device_type, enabled=False):  # matrix products keep the precision that the op promises
+            return function(*args)
+
+    for key in ("CPU", "CUDA"):
+        _ops.impl(op, kernel, key)
+
+
+for _op in _ops.SCHEMAS:
+    _register(_op)
+if "BLLKERN_BACKEND" in os.environ:
+    _named = _check_name(os.environ["BLLKERN_BACKEND"], "environment variable BLLKERN_BACKEND")

@@ -1,0 +1,32 @@
+"""The compiled CPU kernels (csrc/*.cpp), chosen for float32, bfloat16 and float16."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .. import _native
+
+agreement = _native.agreement
+evidence_cross_entropy = _native.evidence_cross_entropy
+linear_cross_entropy = _native.linear_cross_entropy
+similarity_matching = _native.similarity_matching
+decorrelation = _native.decorrelation
+prototypes = _native.prototypes
+prototypes_gradient = _native.prototypes_gradient
+
+
+def linear_agreement(x, weight, bias, b, *settings):
+    """One pass over z, which the matrix product has left in the cache as far as it fits."""
+    z = F.linear(x, weight, bias)
+    return z, *agreement(z, b, *settings)
+
+
+def unavailable(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    if device_type != "cpu":
+        return "it runs on the CPU only"
+    if _native.error:
+        return _native.error
+    if op not in globals():
+        return "it has no kernel for this op"
+    return None if dtype in _native.DTYPES else f"its kernels take {', '.join(map(str, _native.DTYPES))}"

@@ -1,0 +1,184 @@
+"""Every operation in plain torch, as the formulas read: the oracle of the tests and the fallback on any device.
+
+Arguments and results are those of the schemas in ``bllkern/_ops.py``.  Arithmetic is in float32, or in float64 for
+float64 inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import families
+
+
+def _family(name: str, group_size: int) -> families.Family:
+    return families.Categorical(group_size or None) if name == "categorical" else families.get(name)
+
+
+def _full(x: Tensor) -> Tensor:
+    """``x`` in the precision that the arithmetic uses."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    """``gradient`` as the op returns it: in the dtype of ``x`` and contiguous, whatever the strides of ``x``."""
+    return gradient.to(x.dtype).contiguous()
+
+
+def _mean_or_sum(rows: int, reduction: str) -> float:
+    return 1 / max(rows, 1) if reduction == "mean" else 1.0
+
+
+def agreement(a, b, family, group_size, reduction, grad_a, grad_b):
+    """``A(a) + A(b) - A2(a + b)``; gradients ``mean(a) - mean2(a + b)`` and ``mean(b) - mean2(a + b)``."""
+    f, x, y = _family(family, group_size), _full(a), _full(b)
+    loss = f.agreement(x, y)
+    scale = _mean_or_sum(loss.numel(), reduction)
+    posterior = f.mean2(x + y) if grad_a or grad_b else None
+    return (
+        loss.contiguous() if reduction == "none" else loss.sum() * scale,
+        _gradient((f.mean(x) - posterior) * scale, a) if grad_a else None,
+        _gradient((f.mean(y) - posterior) * scale, b) if grad_b else None,
+    )
+
+
+def _softmax_error(logits, target, label_smoothing, reduction, ignore_index):
+    """Cross-entropy of ``logits`` [N, C] and its gradient by them, both reduced over the rows that count."""
+    if target.is_floating_point():
+        probabilities, counted = target.to(logits), logits.new_ones(len(logits), 1)
+    else:
+        counted = (target != ignore_index).to(logits)[:, None]
+        probabilities = F.one_hot(target.where(target != ignore_index, 0), logits.shape[1]).to(logits)
+    total = probabilities.sum(-1, keepdim=True) * (1 - label_smoothing) + label_smoothing
+    probabilities = probabilities * (1 - label_smoothing) + label_smoothing / logits.shape[1]
+    # -inf logits of classes that have no probability cost nothing
+    cost = torch.where(probabilities > 0, -probabilities * torch.log_softmax(logits, -1), 0)
+    scale = counted / counted.sum().clamp(min=1) if reduction == "mean" else counted
+    error = torch.softmax(logits, -1) * total - probabilities
+    return (cost * scale).sum(), error * scale
+
+
+def evidence_cross_entropy(
+    a, messages, log_prior, target, family, group_size, reduction, ignore_index, grad_a, grad_messages, grad_log_prior
+):
+    """Cross-entropy over classes of the log evidences ``A(a + b_c) - A(a)`` plus the log prior of each class.
+
+    With the softmax error ``e`` [N, C]: gradient by ``a`` is ``sum_c e_c (mean(a + b_c) - mean(a))``, by ``b_c``
+    ``sum_n e_c mean(a + b_c)``, by the log prior ``sum_n e_c``.
+    """
+    f, x, b = _family(family, group_size), _full(a), _full(messages)
+    # [N, C, D] below: the reference holds what the kernels must not
+    logits = f.evidence(x[:, None], b) + (0 if log_prior is None else _full(log_prior))
+    loss, error = _softmax_error(logits, target, 0.0, reduction, ignore_index)
+    if grad_a or grad_messages:
+        mean = f.mean(x[:, None] + b)
+        by_a = torch.einsum("nc,ncd->nd", error, mean) - error.sum(1, keepdim=True) * f.mean(x)
+        by_messages = torch.einsum("nc,ncd->cd", error, mean)
+    return (
+        loss,
+        _gradient(by_a, a) if grad_a else None,
+        _gradient(by_messages, messages) if grad_messages else None,
+        _gradient(error.sum(0), log_prior) if grad_log_prior and log_prior is not None else None,
+    )
+
+
+def linear_cross_entropy(
+    x, weight, bias, target, label_smoothing, reduction, ignore_index, grad_x, grad_weight, grad_bias
+):
+    """Cross-entropy of ``mean_over_space(x) @ weight.T + bias``."""
+    pooled, w = _full(x).flatten(2).mean(2) if x.dim() > 2 else _full(x), _full(weight)
+    logits = pooled @ w.T if bias is None else pooled @ w.T + _full(bias)
+    loss, error = _softmax_error(logits, target, label_smoothing, reduction, ignore_index)
+    by_x = None
+    if grad_x:
+        by_x = error @ w
+        if x.dim() > 2:
+            positions = x[0, 0].numel() if len(x) else 1
+            by_x = (by_x / positions).reshape(*by_x.shape, *[1] * (x.dim() - 2)).expand(x.shape)
+        by_x = _gradient(by_x, x)
+    return (
+        loss,
+        by_x,
+        _gradient(error.T @ pooled, weight) if grad_weight else None,
+        _gradient(error.sum(0), bias) if grad_bias and bias is not None else None,
+    )
+
+
+def linear_agreement(x, weight, bias, b, family, group_size, reduction, grad_z, grad_b):
+    """``agreement`` of ``z = x @ weight.T + bias`` and ``b``, and z itself."""
+    z = F.linear(_full(x), _full(weight), None if bias is None else _full(bias))
+    loss, by_z, by_b = agreement(z, _full(b), family, group_size, reduction, grad_z, grad_b)
+    return (
+        z.to(x.dtype),
+        loss,
+        _gradient(by_z, x) if grad_z else None,
+        _gradient(by_b, b) if grad_b else None,
+    )
+
+
+def normalized_rows(x: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows centred and scaled to length 1, and the lengths' reciprocals [N, 1].
+
+    Constant rows, and those not ``counted`` [N], have no direction: both results are 0 there.
+    """
+    centred = x - x.mean(1, keepdim=True)
+    length = centred.norm(dim=1, keepdim=True)
+    valid = length > 1e-6 * x.norm(dim=1, keepdim=True)
+    if counted is not None:
+        valid = valid & counted[:, None]
+    reciprocal = torch.where(valid, 1 / length, 0)
+    return torch.where(valid, centred, 0) * reciprocal, reciprocal
+
+
+def _through_normalization(by_xn: Tensor, xn: Tensor, reciprocal: Tensor) -> Tensor:
+    """The gradient by rows whose normalised rows ``xn`` have the gradient ``by_xn``."""
+    by_centred = (by_xn - xn * (xn * by_xn).sum(1, keepdim=True)) * reciprocal
+    return by_centred - by_centred.mean(1, keepdim=True)
+
+
+def _gram_error(x, target_gram, counted, grad_x):
+    """Mean squared ``xn @ xn.T - target_gram`` over counted pairs and its gradient through the normalisation."""
+    xn, reciprocal = normalized_rows(_full(x), counted)
+    pairs = counted.sum().clamp(min=1).to(xn) ** 2
+    error = torch.where(counted[:, None] & counted, xn @ xn.T - target_gram, 0)
+    loss = (error**2).sum() / pairs
+    if not grad_x:
+        return loss, None
+    return loss, _gradient(_through_normalization(4 / pairs * (error @ xn), xn, reciprocal), x)
+
+
+def similarity_matching(x, target, ignore_index, grad_x):
+    """Mean of ``(xn @ xn.T - T)**2``; ``T`` is label equality [N] or the same Gram matrix of target rows [N, E]."""
+    if target.is_floating_point():
+        counted = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        yn, _ = normalized_rows(target.to(_full(x)))
+        return _gram_error(x, yn @ yn.T, counted, grad_x)
+    counted = target != ignore_index
+    return _gram_error(x, (target[:, None] == target).to(_full(x)), counted, grad_x)
+
+
+def decorrelation(x, grad_x):
+    """Mean of the squared off-diagonal entries of ``xn @ xn.T`` (over all N x N places)."""
+    xn, reciprocal = normalized_rows(_full(x))
+    counted = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    return _gram_error(x, torch.diag((xn * xn).sum(1)), counted, grad_x)
+
+
+def prototypes(x, target, num_classes, ignore_index):
+    """Means of the normalised rows of each class, and how many rows each has; 0 for classes without rows."""
+    counted = target != ignore_index
+    xn, _ = normalized_rows(_full(x))
+    labels = target[counted]
+    counts = torch.bincount(labels, minlength=num_classes)
+    sums = xn.new_zeros(num_classes, x.shape[1]).index_add_(0, labels, xn[counted])
+    return sums / counts.clamp(min=1)[:, None], counts
+
+
+def prototypes_gradient(x, target, counts, grad, ignore_index):
+    """The gradient by ``x`` of prototypes whose gradient is ``grad``: each row gets its share of its class's."""
+    counted = target != ignore_index
+    xn, reciprocal = normalized_rows(_full(x), counted)
+    by_xn = (grad.to(xn) / counts.clamp(min=1)[:, None])[target.where(counted, 0)]
+    return _gradient(_through_normalization(by_xn, xn, reciprocal), x)

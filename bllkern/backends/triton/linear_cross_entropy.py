@@ -1,0 +1,151 @@
+"""``linear_cross_entropy``: matrix products over chunks of rows, and one kernel that turns logits into loss and error.
+
+A chunk of logits is what is held of [N, C]: at most ``CHUNK`` entries, however many rows and classes there are.
+"""
+
+import torch
+
+import triton
+import triton.language as tl
+
+from .families import exp
+from ._launch import TILE, WARPS, matmul, on_device_of, tile_shape
+
+CHUNK = 2**24
+
+
+@triton.jit
+def _softmax_error(
+    logits_ptr,  # [rows, classes] float32
+    bias_ptr,  # [classes], or None
+    target_ptr,  # [rows] if INDEX else [rows, classes]
+    loss_ptr,  # [rows]
+    error_ptr,  # [rows, classes], which may be logits, or None
+    rows,
+    classes,
+    ignore_index,
+    smoothing,
+    INDEX: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Cross-entropy of each row and its gradient by the logits; one program for ROWS rows.
+
+    With ``m`` the maximum and ``s = sum exp(x - m)``, kept up to date in the first sweep, the loss is
+    ``sum_c p_c (log s - (x_c - m))`` and the error ``sum(p) exp(x_c - m) / s - p_c``, p the smoothed target.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    offset = row[:, None] * classes
+    if INDEX:
+        label = tl.load(target_ptr + row, mask=inside, other=0)
+        counted = tl.where(label != ignore_index, 1.0, 0.0)
+    else:
+        label = row
+        counted = tl.full([ROWS], 1.0, tl.float32)
+    highest = tl.full([ROWS], -3e38, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    weight = tl.zeros([ROWS], tl.float32)
+    for start in range(0, classes, COLS):
+        column = start + tl.arange(0, COLS)
+        mask = inside[:, None] & (column < classes)[None, :]
+        x = tl.load(logits_ptr + offset + column[None, :], mask=mask, other=float("-inf"))
+        if bias_ptr is not None:
+            x += tl.load(bias_ptr + column, mask=column < classes, other=0.0).to(tl.float32)[None, :]
+        higher = tl.maximum(highest, tl.max(x, 1))
+        total = total * exp(highest - higher) + tl.sum(exp(x - higher[:, None]), 1)
+        highest = higher
+        if not INDEX:
+            weight += tl.sum(tl.load(target_ptr + offset + column[None, :], mask=mask, other=0.0).to(tl.float32), 1)
+    if INDEX:
+        weight = counted
+    weight = weight * (1 - smoothing) + counted * smoothing
+    log_total = tl.log(total)
+    loss = tl.zeros([ROWS], tl.float32)
+    for start in range(0, classes, COLS):
+        column = start + tl.arange(0, COLS)
+        mask = inside[:, None] & (column < classes)[None, :]
+        x = tl.load(logits_ptr + offset + column[None, :], mask=mask, other=float("-inf"))
+        if bias_ptr is not None:
+            x += tl.load(bias_ptr + column, mask=column < classes, other=0.0).to(tl.float32)[None, :]
+        x -= highest[:, None]
+        if INDEX:
+            p = tl.where(column[None, :] == label[:, None], counted[:, None], 0.0)
+        else:
+            p = tl.load(target_ptr + offset + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        p = p * (1 - smoothing) + (counted * smoothing / classes)[:, None]
+        # a logit of -inf costs nothing where the target has no probability
+        loss += tl.sum(tl.where(mask & (p > 0), p * (log_total[:, None] - x), 0.0), 1)
+        if error_ptr is not None:
+            error = exp(x) * (weight / total)[:, None] - p
+            tl.store(error_ptr + offset + column[None, :], error, mask=mask)
+    tl.store(loss_ptr + row, loss, mask=inside)
+
+
+def softmax_error(logits, bias, target, smoothing, ignore_index, loss, error):
+    """Fill ``loss`` [N] and, unless ``None``, ``error`` [N, C], which may be ``logits`` itself."""
+    rows, classes = logits.shape
+    # of many classes a chunk has few rows, and each program must move more bytes at a time
+    elements, warps = (TILE // 2, WARPS) if classes <= TILE // 2 else (2 * TILE, 2 * WARPS)
+    shape = tile_shape(rows, classes, elements)
+    index = not target.is_floating_point()
+    _softmax_error[(triton.cdiv(rows, shape[0]),)](
+        logits, bias, target, loss, error, rows, classes, ignore_index, smoothing, index, *shape, num_warps=warps
+    )
+
+
+def mean_or_sum(target, reduction, ignore_index):
+    """The factor of every row's loss: a float32 scalar tensor on the target's device, since counting may not wait."""
+    if reduction == "sum":
+        return torch.ones((), device=target.device)
+    if target.is_floating_point():
+        return torch.full((), 1 / max(len(target), 1), device=target.device)
+    return 1 / (target != ignore_index).sum().clamp(min=1).float()
+
+
+def head(x, weight, bias, target, smoothing, reduction, ignore_index, grad_x, grad_weight, grad_bias):
+    """Loss and float32 gradients for x [N, D], all contiguous and of one device; x and weight of one dtype."""
+    rows, classes = len(x), len(weight)
+    scale = mean_or_sum(target, reduction, ignore_index)
+    losses = x.new_empty(rows, dtype=torch.float32)
+    by_x = torch.empty_like(x, dtype=torch.float32) if grad_x else None
+    by_weight = torch.zeros_like(weight, dtype=torch.float32) if grad_weight else None
+    by_bias = weight.new_zeros(classes, dtype=torch.float32) if grad_bias else None
+    wanted = grad_x or grad_weight or grad_bias
+    step = max(64, CHUNK // classes // 64 * 64)
+    for start in range(0, rows, step):
+        chunk = slice(start, start + step)
+        logits = matmul(x[chunk], weight.t())
+        error = (logits if x.dtype == torch.float32 else torch.empty_like(logits, dtype=x.dtype)) if wanted else None
+        softmax_error(logits, bias, target[chunk], smoothing, ignore_index, losses[chunk], error)
+        if grad_x:
+            by_x[chunk] = matmul(error, weight)
+        if grad_weight:
+            by_weight += matmul(error.t(), x[chunk])
+        if grad_bias:
+            by_bias += error.sum(0, dtype=torch.float32)
+    # the error stays unscaled until here: a mean over many rows would leave nothing of it in float16
+    gradients = (None if g is None else g.mul_(scale) for g in (by_x, by_weight, by_bias))
+    return losses.sum() * scale, *gradients
+
+
+def _cast(gradient, like):
+    return None if gradient is None else gradient.to(like.dtype)
+
+
+def linear_cross_entropy(
+    x, weight, bias, target, label_smoothing, reduction, ignore_index, grad_x, grad_weight, grad_bias
+):
+    """See ``bllkern/_ops.py``."""
+    with on_device_of(x):
+        pooled = x.flatten(2).mean(2) if x.dim() > 2 else x.contiguous()
+        grad_bias = grad_bias and bias is not None
+        bias = None if bias is None else bias.contiguous()
+        loss, by_x, by_weight, by_bias = head(
+            pooled, weight.contiguous(), bias, target.contiguous(), label_smoothing, reduction, ignore_index,
+            grad_x, grad_weight, grad_bias,
+        )  # fmt: skip
+        if grad_x and x.dim() > 2:
+            positions = x[0, 0].numel() if len(x) else 1
+            by_x = (by_x / positions).to(x.dtype).view(*by_x.shape, *[1] * (x.dim() - 2)).expand(x.shape).contiguous()
+        return loss, _cast(by_x, x), _cast(by_weight, weight), _cast(by_bias, bias)
