@@ -1,0 +1,219 @@
+"""The boundary, and modules that end with one: what makes a network learn block by block.
+
+A boundary stands after some module.  In training it scores the activation with a local objective, sends the gradient
+back through everything computed since the previous boundary, and hands on the detached activation.  Autograd already
+knows what lies between two boundaries, so branches, stems and arbitrary forward code work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from . import objectives
+from .execution import schedules, sizing
+from .execution.targets import current
+from .objectives.terms import total
+
+
+class Boundary(nn.Module):
+    """The end of a block: a local loss in training, nothing in eval mode or under ``no_grad``.
+
+    Args:
+        target_features: number of classes, or of dimensions of real targets.
+        objective: a name or a :class:`bllkern.objectives.Objective`.
+        schedule: ``"eager"``, ``"deferred"`` or ``"immediate"`` (see :mod:`bllkern.execution.schedules`); by default
+            eager, or deferred for objectives that do not isolate.
+        channel_dim: where the channels of the activation are; by default 1 from four dimensions up, else the last.
+
+    ``forward(z, block, args, kwargs)`` takes the activation and how it was computed, ``block(*args, **kwargs)``, which
+    denoising runs again.  Raises ``RuntimeError`` in training outside of :func:`bllkern.targets`, ``ValueError`` for
+    targets that do not fit, ``FloatingPointError`` for a local loss that is not finite (on the CPU).
+    """
+
+    def __init__(
+        self, target_features: int, objective="bll", schedule: str | None = None, channel_dim: int | None = None
+    ):
+        super().__init__()
+        if not isinstance(target_features, int) or target_features < 1:
+            raise ValueError(f"target_features must be a positive int, got {target_features!r}")
+        self.options = objectives.get(objective)
+        self.objective = self.options.build(target_features)
+        self.schedule = schedules.check(schedule, self.options.isolate or self.objective is None)
+        if self.objective is not None:
+            self.objective.channel_dim = channel_dim
+        self.name = ""  # where it stands in the network; set by convert, for messages
+        self.block_parameters: list[nn.Parameter] | None = None  # known once an activation has come by
+        self.optimizer_factory: Callable | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.loss: Tensor | None = None  # of the last step, detached
+        self.step: object = None  # the targets of that step
+        self.pending: list[Tensor] = []  # losses that wait for local_loss (deferred)
+        self.pending_step: object = None
+
+    def extra_repr(self):
+        return f"{self.options}, schedule={self.schedule!r}"
+
+    @torch.compiler.disable
+    def forward(self, z: Tensor, block: Callable | None = None, args=(), kwargs=None) -> Tensor:
+        if self.objective is None:
+            return z
+        if sizing.active():
+            return sizing.visit(self, z)
+        if not (self.training and torch.is_grad_enabled()):
+            return z
+        target = current()
+        with torch.autocast(z.device.type, enabled=False):
+            terms = self.objective(z, target, lambda std: _rerun(block, args, kwargs or {}, std))
+            loss = total(terms, target.scale)
+            schedules.check_finite(self, loss, terms)
+            self._remember(loss.detach(), target)
+            schedules.SCHEDULES[self.schedule](self, z, loss)
+            if not self.options.isolate:
+                return z
+            if getattr(self.options, "bootstrapping", False):
+                z = self.objective.posterior(z.detach(), target)
+            return z.detach()
+
+    def _remember(self, loss: Tensor, step: object) -> None:
+        """Keep the loss of this step; a boundary that is passed several times in one step adds them up."""
+        self.loss = loss if self.step is not step else self.loss + loss
+        self.step = step
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """What this block's local loss moves: the block's parameters and those of its objective."""
+        return self.block_parameters + [p for p in self.parameters() if p.requires_grad]
+
+    @property
+    def label(self) -> str:
+        return f"block {self.name!r}" if self.name else "a block"
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """A checkpoint of the plain network has nothing for ``local``: what is there already stays."""
+        if not any(key.startswith(prefix) for key in state_dict):
+            state_dict.update(self.state_dict(prefix=prefix))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self):
+        return {**self.__dict__, "pending": [], "step": None, "pending_step": None}
+
+
+def _rerun(block: Callable | None, args: tuple, kwargs: dict, std: float) -> Tensor:
+    """The activation again, with Gaussian noise of standard deviation ``std`` on the floating-point inputs."""
+    if block is None:
+        raise ValueError("denoising needs the module that computed the activation: use BlockLocal or convert")
+    noisy = [x + std * torch.randn_like(x) if _is_float(x) else x for x in args]
+    return first_tensor(block(*noisy, **kwargs))
+
+
+def _is_float(x) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def first_tensor(output) -> Tensor:
+    """The activation in what a module returned: the output itself or the first entry of a tuple or list."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+class BlockLocal(nn.Module):
+    """Any module as one block: ``module`` followed by a boundary, ``local``.
+
+    Where the module returns a tuple, its first entry is the activation.  Attributes, items and length are those of
+    ``module``; a checkpoint of the plain module loads.  Arguments are those of :class:`Boundary`; ``example``, an input
+    of the module, sizes heads and feedback now instead of at the first call.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        target_features: int,
+        objective="bll",
+        schedule: str | None = None,
+        example: Tensor | None = None,
+        channel_dim: int | None = None,
+    ):
+        super().__init__()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+        self.module = module
+        self.local = Boundary(target_features, objective, schedule, channel_dim)
+        if example is not None:
+            sizing.size(self, example)
+
+    def forward(self, *args, **kwargs):
+        output = self.module(*args, **kwargs)
+        z = self.local(first_tensor(output), self.module, args, kwargs)
+        return type(output)((z, *output[1:])) if type(output) in (tuple, list) else z
+
+    def plain(self) -> nn.Module:
+        """The module without its boundary."""
+        return self.module
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Take the keys of the plain module, which lack ``module.``, too."""
+        keys = self.module.state_dict()
+        if keys and not any(prefix + "module." + key in state_dict for key in keys):
+            for key in [key for key in state_dict if key.startswith(prefix)]:
+                state_dict[prefix + "module." + key[len(prefix) :]] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(self.module, name)
+
+    def __getitem__(self, index):
+        return self.module[index]
+
+    def __len__(self):
+        return len(self.module)
+
+    def __iter__(self):
+        return iter(self.module)
+
+    def __bool__(self):
+        return True
+
+
+def _local_layer(layer: type[nn.Module], channel_dim: int) -> type[nn.Module]:
+    """``layer`` followed by a boundary, with the layer's own arguments, parameters and checkpoint keys."""
+
+    class BlockLocalLayer(layer):
+        __doc__ = f"""``torch.nn.{layer.__name__}`` followed by a boundary, ``local``.
+
+        Positional and keyword arguments are those of ``torch.nn.{layer.__name__}``; ``target_features``, ``objective``,
+        ``schedule`` and ``example`` (one input of the layer) are those of :class:`BlockLocal`.  ``weight`` and ``bias``
+        keep their keys, so checkpoints of the plain layer load.
+        """
+
+        def __init__(self, *args, target_features: int, objective="bll", schedule=None, example=None, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.local = Boundary(target_features, objective, schedule, channel_dim)
+            if example is not None:
+                sizing.size(self, example)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.local(super().forward(x), super().forward, (x,))
+
+        def plain(self) -> nn.Module:
+            """The layer without its boundary, sharing the parameters."""
+            plain = layer.__new__(layer)
+            plain.__dict__.update(self.__dict__)
+            plain._modules = {}
+            return plain
+
+    name = f"BlockLocal{layer.__name__}"
+    BlockLocalLayer.__name__ = BlockLocalLayer.__qualname__ = name
+    return BlockLocalLayer
+
+
+BlockLocalLinear = _local_layer(nn.Linear, -1)
+BlockLocalConv1d = _local_layer(nn.Conv1d, 1)
+BlockLocalConv2d = _local_layer(nn.Conv2d, 1)
+BlockLocalConv3d = _local_layer(nn.Conv3d, 1)
+BlockLocalConv = BlockLocalConv2d

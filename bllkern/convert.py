@@ -1,0 +1,137 @@
+"""Boundaries into an existing network, and out of it again.
+
+Neither direction changes the network that it is given: the modules on the way from the root to a cut are copied, all
+others, and every parameter and buffer, are shared.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from types import MethodType
+
+from torch import Tensor, nn
+
+from . import cuts as cuts_module
+from .blocks import BlockLocal, Boundary
+from .execution import sizing
+from .network import boundaries
+
+
+def convert(
+    net: nn.Module,
+    cuts: Sequence[str] | int,
+    target_features: int,
+    objective="bll",
+    schedule: str | None = None,
+    example: Tensor | tuple | None = None,
+) -> nn.Module:
+    """A block-local network with the parameters of ``net``, cut after the named modules.
+
+    Args:
+        net: any network; it stays as it is, and shares parameters and buffers with what is returned.
+        cuts: names of modules (as in ``net.named_modules()``) after which a block ends, or the number of blocks, which
+            then have similar cost (measured on ``example`` if given, else by counting layers).  What follows the last
+            cut is the output block; it learns from the global loss.
+        target_features: number of classes, or of dimensions of real targets.
+        objective: a name or a :class:`bllkern.objectives.Objective`.
+        schedule: ``"eager"`` (default), ``"deferred"`` or ``"immediate"``.
+        example: an input, or a tuple of positional inputs, that gives heads and feedback their size now.
+
+    Raises: ``ValueError`` for a cut that does not exist (with the nearest names), stands twice, or lies in a module
+    that the network uses in several places; for too many blocks.
+    """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+    inputs = example if isinstance(example, tuple) else () if example is None else (example,)
+    names = cuts_module.even(net, cuts, inputs) if isinstance(cuts, int) else list(cuts)
+    _check_names(net, names)
+
+    def end_block(name: str, module: nn.Module) -> nn.Module:
+        block = BlockLocal(module, target_features, objective, schedule, channel_dim=cuts_module.channel_dim(module))
+        block.local.name = name
+        return block
+
+    converted = _replace(net, {name: end_block for name in names})
+    _chain(converted)
+    if example is not None:
+        sizing.size(converted, *inputs)
+    return converted
+
+
+def unwrap(net: nn.Module) -> nn.Module:
+    """The plain network, with the original keys, sharing the parameters of ``net``."""
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+    local = {
+        path: _plain for path, module in net.named_modules() if isinstance(getattr(module, "local", None), Boundary)
+    }
+    return _replace(net, local)
+
+
+def _plain(path: str, module: nn.Module) -> nn.Module:
+    return module.plain()
+
+
+def _chain(net: nn.Module) -> None:
+    """Let every chained feedback read the one of the next boundary, and size them all at the first call if need be."""
+    chained = [b.objective for b in boundaries(net).values() if getattr(b.options, "feedback", None) == "chained"]
+    chained = [objective for objective in chained if objective.feedback is not None]
+    for objective, above in zip_longest(chained, chained[1:]):
+        objective.feedback.chain(above and above.feedback)
+    if chained:
+
+        def size_first(module, args, kwargs):
+            handle.remove()
+            if not sizing.active() and any(o.feedback.link.has_uninitialized_params() for o in chained):
+                sizing.size(module, *args, **kwargs)
+
+        handle = net.register_forward_pre_hook(size_first, with_kwargs=True)
+
+
+def _check_names(net: nn.Module, names: list[str]) -> None:
+    paths = _paths(net)
+    known = {name for names_of_module in paths.values() for name in names_of_module} - {""}
+    for name in names:
+        if not isinstance(name, str) or name not in known:
+            near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.3)
+            raise ValueError(f"cuts: the network has no module {name!r}; the nearest names are {near}")
+        if names.count(name) > 1:
+            raise ValueError(f"cuts: {name!r} stands more than once")
+    for places in paths.values():
+        inside = [name for name in names for place in places if name == place or name.startswith(place + ".")]
+        if len(places) > 1 and inside and "" not in places:
+            raise ValueError(f"cuts: {inside[0]!r} lies in a module that the network uses in several places: {places}")
+
+
+def _paths(net: nn.Module) -> dict[int, list[str]]:
+    """All names of every module, by the module's identity."""
+    places: dict[int, list[str]] = {}
+    for name, module in net.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
+    return places
+
+
+def _replace(net: nn.Module, at: dict[str, Callable[[str, nn.Module], nn.Module]], path: str = "") -> nn.Module:
+    """``net`` with the module at each path replaced by ``at[path](path, module)``."""
+    if not any(place == path or place.startswith(path + "." if path else "") for place in at):
+        return net
+    copy = _shallow(net)
+    for name, child in net._modules.items():
+        if child is not None:
+            copy._modules[name] = _replace(child, at, f"{path}.{name}" if path else name)
+    return at[path](path, copy) if path in at else copy
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """A copy of one module that shares parameters, buffers and children, but not the tables of children and hooks."""
+    copy = module.__class__.__new__(module.__class__)
+    for name, value in module.__dict__.items():
+        if isinstance(value, MethodType) and value.__self__ is module:
+            value = MethodType(value.__func__, copy)
+        elif isinstance(value, (dict, OrderedDict)) and (name == "_modules" or name.endswith("_hooks")):
+            value = value.copy()
+        copy.__dict__[name] = value
+    return copy

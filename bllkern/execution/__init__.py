@@ -1,0 +1,1 @@
+"""When and where a block learns: targets of a step, schedules, sizing."""

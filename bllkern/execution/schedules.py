@@ -1,0 +1,128 @@
+"""When a block learns: the schedules of a boundary.
+
+- eager: the local gradient is taken inside the forward pass, which frees the block's activations at once; activation
+  memory is that of the largest block, whatever the depth.
+- deferred: local losses wait for :func:`local_loss`, their differentiable sum, to be added to the global loss.
+- immediate: as eager, and the block's own optimizer steps as soon as its gradient is there, and frees it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..blocks import Boundary
+
+
+def eager(boundary: Boundary, z: Tensor, loss: Tensor) -> None:
+    """Backpropagate through the block that ends here, now."""
+    _refuse_data_parallel(boundary)
+    if not loss.requires_grad:
+        return
+    discover(boundary, z, boundary.step.owners)
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{boundary.label} reads a tensor computed before the previous boundary, which skips that boundary: "
+            "its graph is freed already. Cut where all paths meet"
+        ) from error
+
+
+def deferred(boundary: Boundary, z: Tensor, loss: Tensor) -> None:
+    """Keep the loss for :func:`local_loss`."""
+    if boundary.pending and boundary.pending_step is not boundary.step:
+        boundary.pending = []
+        raise RuntimeError(
+            f"the local loss of {boundary.label} from the step before was never used: with schedule='deferred' "
+            "write `(loss + bllkern.local_loss(net)).backward()`"
+        )
+    discover(boundary, z, boundary.step.owners)
+    boundary.pending.append(loss)
+    boundary.pending_step = boundary.step
+
+
+def immediate(boundary: Boundary, z: Tensor, loss: Tensor) -> None:
+    """Backpropagate, step the block's own optimizer and free its gradients."""
+    if boundary.optimizer is None and boundary.optimizer_factory is None:
+        raise RuntimeError(
+            f"{boundary.label} has schedule='immediate' but no optimizer: call "
+            "`bllkern.optimizers(net, lambda params: torch.optim.SGD(params, lr=0.1))` before training"
+        )
+    eager(boundary, z, loss)
+    if boundary.optimizer is None:
+        boundary.optimizer = boundary.optimizer_factory(boundary.own_parameters())
+    boundary.optimizer.step()
+    boundary.optimizer.zero_grad(set_to_none=True)
+
+
+SCHEDULES = {"eager": eager, "deferred": deferred, "immediate": immediate}
+
+
+def check(schedule: str | None, isolate: bool) -> str:
+    """The schedule of that name; by default eager, or deferred where losses are not isolated.
+
+    Raises ``ValueError`` for another name, and for a schedule that frees graphs which other losses still need.
+    """
+    schedule = schedule or ("eager" if isolate else "deferred")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {sorted(SCHEDULES)}, got {schedule!r}")
+    if not isolate and schedule != "deferred":
+        raise ValueError(f"schedule must be 'deferred' for an objective that does not isolate, got {schedule!r}")
+    return schedule
+
+
+def check_finite(boundary: Boundary, loss: Tensor, terms: dict[str, Tensor]) -> None:
+    """Raise ``FloatingPointError`` naming block and term, on the CPU, where looking costs no synchronisation."""
+    if loss.device.type != "cpu" or math.isfinite(loss.item()):
+        return
+    values = ", ".join(f"{name} = {float(term.detach()):g}" for name, term in terms.items())
+    raise FloatingPointError(f"the local loss of {boundary.label} is not finite: {values}")
+
+
+def _refuse_data_parallel(boundary: Boundary) -> None:
+    """Stock DDP ignores gradients that arrive inside its forward, so it would silently not reduce them."""
+    wrapper = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    if wrapper is not None and any(module is boundary for module in wrapper.modules()):
+        raise RuntimeError(
+            f"{boundary.label} takes its gradient inside the forward pass, which DistributedDataParallel around "
+            "the whole network does not reduce: use schedule='deferred', or wrap each block in DDP instead"
+        )
+
+
+def discover(boundary: Boundary, z: Tensor, owners: dict[int, Boundary]) -> None:
+    """Note, once, which parameters were used since the previous boundary: the leaves of the activation's graph.
+
+    ``owners`` has the boundary of every parameter that this step has met.  Raises ``RuntimeError`` for one that an
+    earlier block has: a local loss would move that block too.
+    """
+    if boundary.block_parameters is not None:
+        return
+    found = leaves(z)
+    for parameter in found if boundary.options.isolate else ():
+        owner = owners.setdefault(id(parameter), boundary)
+        if owner is not boundary:
+            raise RuntimeError(
+                f"{boundary.label} also reaches a parameter {list(parameter.shape)} of {owner.label}: a tensor from "
+                "before the previous boundary skips it, or both use one module. Cut where all paths meet"
+            )
+    boundary.block_parameters = found
+
+
+def leaves(z: Tensor) -> list[nn.Parameter]:
+    """The leaf tensors that the graph of ``z`` ends in, in a reproducible order."""
+    found, seen, stack = {}, set(), [z.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        stack.extend(function for function, _ in reversed(node.next_functions))
+    return list(found.values())

@@ -1,0 +1,67 @@
+"""Giving heads and feedback their size before training, from one example input."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .schedules import discover
+
+if TYPE_CHECKING:
+    from ..blocks import Boundary
+
+
+@dataclass
+class _Pass:
+    """What one run through the network finds: activations at boundaries, and the block of each parameter."""
+
+    visits: list[tuple[Boundary, Tensor]] = field(default_factory=list)
+    owners: dict[int, Boundary] = field(default_factory=dict)
+
+
+_running: ContextVar[_Pass | None] = ContextVar("bllkern_sizing", default=None)
+
+
+def active() -> bool:
+    return _running.get() is not None
+
+
+def visit(boundary: Boundary, z: Tensor) -> Tensor:
+    """What a boundary does while sizes are found: remember the activation, learn which parameters its block has."""
+    run = _running.get()
+    run.visits.append((boundary, z.detach()))
+    discover(boundary, z, run.owners)
+    return z.detach() if boundary.options.isolate else z
+
+
+@contextmanager
+def _as_in_eval(net: nn.Module):
+    """Eval mode, so that no running statistic and no random state moves; then every module's own mode again."""
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def size(net: nn.Module, *args, **kwargs) -> None:
+    """Run ``net(*args, **kwargs)`` once without learning and size every boundary that the data meets, last one first.
+
+    Last first, because a chained feedback network reads the messages of the boundary above.
+    """
+    run = _Pass()
+    token = _running.set(run)
+    try:
+        with _as_in_eval(net), torch.enable_grad():
+            net(*args, **kwargs)
+        for boundary, z in reversed(run.visits):
+            boundary.objective.initialize(z)
+    finally:
+        _running.reset(token)

@@ -1,0 +1,69 @@
+"""What the local objectives learn from, for the duration of a ``with`` block."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+KINDS = ("classes", "probabilities", "real")
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """The targets of one step.  ``kind`` is ``None`` for floats whose kind is to be read from their values."""
+
+    y: Tensor
+    kind: str | None = None
+    ignore_index: int = -100
+    scale: float = 1.0
+    owners: dict[int, object] = field(default_factory=dict)  # the boundary of every parameter met, by identity
+
+
+_current: ContextVar[Targets | None] = ContextVar("bllkern_targets", default=None)
+
+
+@contextmanager
+def targets(y: Tensor, *, kind: str | None = None, ignore_index: int = -100, scale: float = 1.0):
+    """Give the local objectives of every block-local network called in this ``with`` block its targets.
+
+    Args:
+        y: class indices [B] or [B, T] (int64), class probabilities [B, C], or real vectors [B, D] (floats).
+        kind: ``"probabilities"`` or ``"real"`` for floats; by default rows that are non-negative and sum to 1 in the
+            first batch are probabilities.
+        ignore_index: samples (or tokens) with this class index teach nothing, as in ``F.cross_entropy``.
+        scale: factor on every local loss; ``1 / n`` when gradients are accumulated over n micro-batches.
+
+    Raises: ``TypeError`` for a ``y`` that is no tensor of int64 or floats, ``ValueError`` for its shape or ``kind``.
+    """
+    if not isinstance(y, Tensor) or not (y.dtype == torch.int64 or y.is_floating_point()):
+        raise TypeError(f"y must be a tensor of int64 or floats, got {y.dtype if isinstance(y, Tensor) else type(y)}")
+    if y.dim() not in (1, 2) or y.is_floating_point() and y.dim() != 2:
+        raise ValueError(f"y must have shape [B] or [B, T] as int64, [B, C] as floats, got {y.dtype} {list(y.shape)}")
+    if kind not in (None, *KINDS) or kind is not None and (kind == "classes") == y.is_floating_point():
+        raise ValueError(f"kind must be 'classes' for int64 y, 'probabilities' or 'real' for floats, got {kind!r}")
+    token = _current.set(Targets(y, kind if y.is_floating_point() else "classes", ignore_index, scale))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current() -> Targets:
+    """The targets of the step that runs; ``RuntimeError`` outside of :func:`targets`."""
+    found = _current.get()
+    if found is None:
+        raise RuntimeError(
+            "a block-local network in training needs targets: write `with bllkern.targets(y): output = net(x)`, "
+            "or call net.eval() or torch.no_grad() to compute the plain output"
+        )
+    return found
+
+
+def kind_of(y: Tensor) -> str:
+    """Whether float targets [B, C] are class probabilities or real vectors, by their values."""
+    sums = y.detach().float().sum(1)
+    return "probabilities" if bool((y >= 0).all() and ((sums - 1).abs() < 1e-3).all()) else "real"

@@ -1,0 +1,135 @@
+"""Questions to a block-local network: its boundaries, their losses, an optimizer for each block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import Boundary
+
+
+def boundaries(net: nn.Module) -> dict[str, Boundary]:
+    """The boundaries of ``net`` by the name of the module at whose end they stand, in the order of registration."""
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+    for path, module in net.named_modules():
+        if isinstance(module, Boundary) and not module.name:
+            module.name = path.removesuffix("local").removesuffix(".") or path
+    return {module.name: module for module in net.modules() if isinstance(module, Boundary)}
+
+
+def local_loss(net: nn.Module) -> Tensor:
+    """The differentiable sum of the local losses that wait since the last forward pass (schedule ``"deferred"``).
+
+    Returns: a scalar.  Raises ``RuntimeError`` if none waits.
+    """
+    found = boundaries(net).values()
+    waiting = [loss for boundary in found for loss in boundary.pending]
+    if not waiting:
+        raise RuntimeError(
+            "no local loss waits: convert with schedule='deferred' and call net(x) in training under bllkern.targets(y)"
+        )
+    for boundary in found:
+        boundary.pending = []
+    return torch.stack([loss.to(waiting[0].device) for loss in waiting]).sum()
+
+
+def local_losses(net: nn.Module) -> dict[str, Tensor]:
+    """The local loss of each block in the last training step, by block: detached scalars.
+
+    Raises ``FloatingPointError`` for a loss that is not finite (which waits for the device that computes it).
+    """
+    losses = {name: boundary.loss for name, boundary in boundaries(net).items() if boundary.loss is not None}
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the local loss of block {name!r} is not finite: {float(loss):g}")
+    return losses
+
+
+class BlockOptimizers:
+    """One optimizer for each block, and one for the output block, which follows the last boundary.
+
+    Which parameters a block has is known once data has passed its boundary: at once where ``example=`` was given, else
+    at the first step.  Iterating yields the optimizers that exist, block by block, the output's last (for learning-rate
+    schedulers, say).
+    """
+
+    def __init__(self, net: nn.Module, factory: Callable[[list[nn.Parameter]], torch.optim.Optimizer]):
+        self._net, self._factory = net, factory
+        self._boundaries = [b for b in boundaries(net).values() if b.objective is not None]
+        self._output: torch.optim.Optimizer | None = None
+        for boundary in self._boundaries:
+            boundary.optimizer, boundary.optimizer_factory = None, factory
+        self._build()
+
+    def _build(self) -> bool:
+        """Make the optimizers that can be made; whether all of them exist."""
+        taken: set[int] = set()
+        for boundary in self._boundaries:
+            if boundary.block_parameters is None:
+                return False
+            own = [p for p in boundary.own_parameters() if id(p) not in taken]
+            taken.update(map(id, own))
+            if boundary.optimizer is None and own:
+                boundary.optimizer = self._factory(own)
+        rest = [p for p in self._net.parameters() if p.requires_grad and id(p) not in taken]
+        if self._output is None and rest:
+            self._output = self._factory(rest)
+        return True
+
+    def __iter__(self) -> Iterable[torch.optim.Optimizer]:
+        found = [boundary.optimizer for boundary in self._boundaries] + [self._output]
+        return iter([optimizer for optimizer in found if optimizer is not None])
+
+    def __len__(self):
+        return len(list(iter(self)))
+
+    def _all(self) -> list[torch.optim.Optimizer]:
+        if not self._build():
+            raise RuntimeError("the blocks are not known yet: pass example= to convert, or run a training step first")
+        return list(self)
+
+    def step(self) -> None:
+        """Step the output block and every block that does not step itself (schedule ``"immediate"``)."""
+        self._all()
+        for boundary in self._boundaries:
+            if boundary.schedule != "immediate" and boundary.optimizer is not None:
+                boundary.optimizer.step()
+        if self._output is not None:
+            self._output.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of all blocks."""
+        for parameter in self._net.parameters():
+            if parameter.grad is not None and set_to_none:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.zero_()
+
+    def state_dict(self) -> dict:
+        """The state of every optimizer, in the order of iteration."""
+        return {"optimizers": [optimizer.state_dict() for optimizer in self._all()]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore :meth:`state_dict`.  Raises ``ValueError`` where the number of optimizers differs."""
+        optimizers, states = self._all(), state["optimizers"]
+        if len(optimizers) != len(states):
+            raise ValueError(f"state must hold {len(optimizers)} optimizers, got {len(states)}")
+        for optimizer, one in zip(optimizers, states, strict=True):
+            optimizer.load_state_dict(one)
+
+
+def optimizers(net: nn.Module, factory: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> BlockOptimizers:
+    """An optimizer for each block of ``net``, made by ``factory(parameters)``; see :class:`BlockOptimizers`.
+
+    With schedule ``"immediate"`` each block's optimizer steps inside the forward pass, and ``step()`` of what is
+    returned steps the output block; with the others it steps all blocks.
+
+    Raises ``ValueError`` if ``net`` has no boundary.
+    """
+    if not boundaries(net):
+        raise ValueError("net has no block-local boundary: use bllkern.convert or block-local layers first")
+    return BlockOptimizers(net, factory)

@@ -1,0 +1,53 @@
+"""BLL: block-local learning with probabilistic latent representations (arXiv 2305.14974)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .. import families
+from ..feedback import KINDS
+from .base import Objective, check_options
+from .terms import LocalLoss
+
+
+@dataclass(frozen=True, repr=False)
+class BLL(Objective):
+    """The activation is the forward message ``a`` of a block, a feedback network sends the backward message ``b``.
+
+    Args:
+        family: how messages are read; a name or :class:`bllkern.families.Family`.
+        evidence: weight of the class-normalised prediction from the log evidence of every class.
+        similarity: weight of matching the batch's Gram matrix to ``similarity_target``, ``"labels"`` or ``"feedback"``.
+        agreement: weight of the free energy of ``a`` and ``b``; alone it collapses, since nothing tells classes apart.
+        decorrelation: weight of the squared off-diagonal Gram matrix.
+        denoising: weight of pulling the output under input noise of standard deviation ``noise`` to the clean output.
+            The module that stands at the boundary runs a second time for it.
+        prediction: weight of an auxiliary linear head, with ``label_smoothing``.
+        feedback: ``"direct"`` (a learned message per class at every boundary), ``"chained"`` (each boundary's message
+            from that of the boundary above; needs :func:`bllkern.convert`), or ``"fixed"`` (random, untrained).
+        bootstrapping: the next block reads the posterior ``a + b`` instead of ``a`` while training.
+        pool: convolutional features are averaged to at most ``pool`` places a side.
+
+    Raises: ``TypeError`` for unknown options, ``ValueError`` for their values.
+    """
+
+    family: str | families.Family = "gaussian"
+    evidence: float = 1.0
+    similarity: float = 4.0
+    agreement: float = 0.0
+    decorrelation: float = 0.0
+    denoising: float = 0.0
+    prediction: float = 0.0
+    feedback: str = "direct"
+    similarity_target: str = "labels"
+    label_smoothing: float = 0.0
+    noise: float = 0.01
+    bootstrapping: bool = False
+    pool: int = 4
+
+    def __post_init__(self):
+        families.get(self.family)
+        check_options(self, feedback=KINDS, similarity_target=("labels", "feedback"), bootstrapping=(False, True))
+
+    def build(self, target_features):
+        return LocalLoss(self, target_features)

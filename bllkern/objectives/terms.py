@@ -1,0 +1,170 @@
+"""The local loss of a boundary: a weighted sum of terms, each scoring the activation in its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import families, functional
+from ..execution.targets import Targets, kind_of
+from ..feedback import Feedback, LazyWeight
+from .features import raised, rows
+
+if TYPE_CHECKING:
+    from .bll import BLL
+
+TERMS = ("agreement", "evidence", "prediction", "similarity", "decorrelation", "denoising")
+
+
+class LocalLoss(nn.Module):
+    """The terms of a recipe (:class:`bllkern.objectives.BLL`) with a weight above 0; the others cost nothing."""
+
+    def __init__(self, recipe: BLL, target_features: int):
+        super().__init__()
+        self.recipe, self.target_features = recipe, target_features
+        self.family = families.get(recipe.family)
+        self.terms = [name for name in TERMS if getattr(recipe, name) > 0]
+        if not self.terms:
+            raise ValueError(f"at least one term needs a weight above 0; the terms are {', '.join(TERMS)}")
+        self.head = LazyWeight(target_features) if recipe.prediction > 0 else None
+        reads_messages = {"agreement", "evidence"} & set(self.terms) or recipe.bootstrapping
+        if recipe.similarity > 0 and recipe.similarity_target == "feedback":
+            reads_messages = True
+        self.feedback = Feedback(recipe.feedback, target_features, self.family) if reads_messages else None
+        self.log_prior = nn.Parameter(torch.zeros(target_features)) if recipe.evidence > 0 else None
+        self.channel_dim: int | None = None
+        self._kind: str | None = None
+        self._sized = False
+
+    def extra_repr(self):
+        weights = [f"{name}={getattr(self.recipe, name)}" for name in self.terms]
+        return ", ".join([*weights, f"family={self.family.name}"])
+
+    def initialize(self, z: Tensor) -> None:
+        """Size heads and feedback for activations like ``z``."""
+        features = rows(z, False, self.recipe.pool, self.channel_dim)
+        if self.head is not None:
+            self.head(features)
+        if self.feedback is not None:
+            self.family.check_width(features.shape[1], "the pooled activation at a boundary")
+            self.feedback.initialize(features)
+        if self.log_prior is not None:
+            self.log_prior.data = self.log_prior.data.to(features)
+        self._sized = True
+
+    def forward(self, z: Tensor, target: Targets, rerun: Callable[[float], Tensor]) -> dict[str, Tensor]:
+        """Weighted terms of activation ``z``; ``rerun(std)`` computes ``z`` again from a noisy input."""
+        if not self._sized:
+            self.initialize(z)
+        batch = self._batch(z, target, rerun)
+        return {name: getattr(self.recipe, name) * getattr(batch, name)() for name in self.terms}
+
+    def posterior(self, z: Tensor, target: Targets) -> Tensor:
+        """Natural parameters ``a + b`` of the posterior, shaped as ``z``: what the next block reads (bootstrapping)."""
+        message = self._batch(z, target, None).message().detach()
+        message = raised(message, z, self.channel_dim, self.recipe.pool)
+        return z + message.to(z.dtype)
+
+    def _batch(self, z: Tensor, target: Targets, rerun: Callable[[float], Tensor] | None) -> Batch:
+        y = self._matched(z, target)
+        tokens = y.dim() == 1 and target.y.dim() == 2  # [B, T] became a row per token
+        features = rows(z, tokens, self.recipe.pool, self.channel_dim)
+        return Batch(self, z, features, y, self._kind, target.ignore_index, rerun)
+
+    def _matched(self, z: Tensor, target: Targets) -> Tensor:
+        """The target of every row, class indices [N] or floats [N, target_features], checked against ``z``."""
+        y = target.y
+        if y.device != z.device:
+            raise ValueError(f"targets must be on the device of the activations, {z.device}, got {y.device}")
+        if len(y) != len(z):
+            raise ValueError(f"targets must have a row per sample, {len(z)}, got {len(y)}")
+        if y.is_floating_point():
+            if y.shape[1] != self.target_features:
+                raise ValueError(f"targets must have target_features={self.target_features} columns, got {y.shape[1]}")
+            self._kind = target.kind or self._kind or kind_of(y)
+            return y
+        self._kind = "classes"
+        if y.dim() == 2:
+            if z.dim() != 3 or y.shape[1] != z.shape[1]:
+                raise ValueError(f"targets [B, T] need activations [B, T, D], got {list(y.shape)} and {list(z.shape)}")
+            return y.flatten()
+        return y
+
+
+class Batch:
+    """One batch at one boundary: features [N, D] with their targets, and every term that can score them."""
+
+    def __init__(self, loss: LocalLoss, z, features, y, kind, ignore_index, rerun):
+        self.loss, self.recipe, self.family = loss, loss.recipe, loss.family
+        self.z, self.features, self.y = z, features, y
+        self.kind, self.ignore_index, self.rerun = kind, ignore_index, rerun
+
+    def message(self) -> Tensor:
+        """The backward message of every row [N, D]; a row with ``ignore_index`` reads that of class 0."""
+        messages = self.loss.feedback(self.features)
+        if self.kind == "classes":
+            return messages[self.y.where(self.y != self.ignore_index, 0)]
+        return self.y.to(messages) @ messages
+
+    def agreement(self) -> Tensor:
+        """Free energy of forward and backward message, per sample that counts (BLL)."""
+        a, b = self.family.natural(self.features), self.message()
+        if self.kind == "classes":
+            counted = (self.y != self.ignore_index).to(a)
+            free_energy = functional.agreement(a, b, self.family, "none")
+            return (free_energy * counted).sum() / counted.sum().clamp(min=1)
+        return functional.agreement(a, b, self.family)
+
+    def evidence(self) -> Tensor:
+        """Class-normalised prediction from the log evidence of every class (BLL).
+
+        A likelihood is known up to a factor for each class: it is ``exp(log_prior_c - A(b_c))`` here, without which a
+        large message would win whatever the activation says.
+        """
+        self._needs_classes("evidence")
+        messages = self.loss.feedback(self.features)
+        return functional.evidence_cross_entropy(
+            self.family.natural(self.features),
+            messages,
+            self.y,
+            self.family,
+            ignore_index=self.ignore_index,
+            log_prior=self.loss.log_prior - self.family.A(messages),
+        )
+
+    def prediction(self) -> Tensor:
+        """Cross-entropy of a linear auxiliary head (BWBPF), or its mean squared error for real targets."""
+        weight, bias = self.loss.head(self.features)
+        if self.kind == "real":
+            return F.mse_loss(F.linear(self.features, weight, bias), self.y.to(self.features))
+        return functional.linear_cross_entropy(
+            self.features, weight, bias, self.y, self.recipe.label_smoothing, ignore_index=self.ignore_index
+        )
+
+    def similarity(self) -> Tensor:
+        """Gram matrix of the features against that of the labels or of the feedback messages."""
+        if self.recipe.similarity_target == "feedback":
+            return functional.similarity_matching(self.features, self.message().detach())
+        return functional.similarity_matching(self.features, self.y, self.ignore_index)
+
+    def decorrelation(self) -> Tensor:
+        """Squared off-diagonal Gram matrix of the features (BLL, released recipe)."""
+        return functional.decorrelation(self.features)
+
+    def denoising(self) -> Tensor:
+        """The output under a noisy input is pulled to the clean output, which is held fixed (BLL)."""
+        return F.mse_loss(self.rerun(self.recipe.noise), self.z.detach())
+
+    def _needs_classes(self, term: str) -> None:
+        if self.kind == "real":
+            raise ValueError(f"{term} normalises over classes: targets must be classes or probabilities, got real")
+
+
+def total(terms: dict[str, Tensor], scale: float) -> Tensor:
+    """The sum of the weighted terms, times the step's scale."""
+    loss = sum(terms.values())
+    return loss if scale == 1 else loss * scale
