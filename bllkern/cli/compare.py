@@ -1,0 +1,167 @@
+"""``bllkern compare``: several objectives under one protocol, over several seeds."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import bllkern
+
+from .checkpoint import write_atomically, write_json
+from .data import Dataset, load
+from .errors import UserError, user_errors
+from .loop import Recipe
+from .measure import human_bytes, human_time
+from .train import device, recipe_of, start
+
+BASELINE = "backprop"
+
+
+def run(args: argparse.Namespace) -> int:
+    recipes = _recipes(args)
+    data = load(args.data, args.data_dir, args.train_size, args.test_size)
+    output, where = Path(args.output), device(args)
+    for recipe in recipes.values():  # what the library refuses, it refuses before hours of training
+        start(recipe, data, where)
+    with user_errors("--output"):
+        output.mkdir(parents=True, exist_ok=True)
+    report = {
+        "protocol": _protocol(args, data, where),
+        "objectives": {name: {"options": recipe.options, "runs": []} for name, recipe in recipes.items()},
+    }
+    total = args.epochs * args.seeds * len(recipes)
+    with tqdm(total=total, disable=None, leave=False, unit="epoch") as bar:
+        for seed in range(args.seed, args.seed + args.seeds):
+            for name, recipe in recipes.items():
+                bar.set_description(f"{name}, seed {seed}")
+                runs = report["objectives"][name]["runs"]
+                runs.append(_one(dataclasses.replace(recipe, seed=seed), data, where, bar))
+                bar.clear()
+                print(f"{name:16} seed {seed}  {_describe(runs[-1])}", flush=True)
+                write_json(output / "compare.json", report)  # after every run: a killed comparison keeps the others
+    for name, entry in report["objectives"].items():
+        entry["summary"] = _summary(entry["runs"])
+    _add_ratios(report["objectives"])
+    write_json(output / "compare.json", report)
+    print("\n" + _table(report["objectives"]))
+    _draw(report, output / "compare.png")
+    print(f"\n{output}: compare.json, compare.png")
+    return 0
+
+
+def _recipes(args: argparse.Namespace) -> dict[str, Recipe]:
+    options: dict[str, dict] = {name: {} for name in args.objectives}
+    for qualified, value in args.option.items():
+        name, dot, option = qualified.partition(".")
+        if not dot or name not in options:
+            raise UserError(f"--option must be OBJECTIVE.NAME=VALUE with one of {args.objectives}, got {qualified!r}")
+        options[name][option] = value
+    recipes = {name: recipe_of(args, name, options[name]) for name in args.objectives}
+    with user_errors("--option"):
+        isolated = {name: bllkern.objectives.get(name, **options[name]).isolate for name in recipes}
+    # the baselines that do not isolate know one schedule only
+    return {n: r if isolated[n] else dataclasses.replace(r, schedule=None) for n, r in recipes.items()}
+
+
+def _protocol(args: argparse.Namespace, data: Dataset, where: torch.device) -> dict:
+    """Everything that the results depend on beyond the objective."""
+    recipe = dataclasses.asdict(recipe_of(args, BASELINE, {}))
+    sizes = {"train_size": len(data.train_x), "test_size": len(data.test_x), "seeds": args.seeds}
+    machine = {"device": str(where), "threads": torch.get_num_threads()}
+    versions = {"torch": torch.__version__, "bllkern": bllkern.__version__}
+    return {k: v for k, v in recipe.items() if k not in ("objective", "options")} | sizes | machine | versions
+
+
+def _one(recipe: Recipe, data: Dataset, where: torch.device, bar: tqdm) -> dict:
+    training = start(recipe, data, where)
+    for _ in range(recipe.epochs):
+        training.train_epoch(lambda loss: None)
+        bar.update()
+    return {"seed": recipe.seed, **training.results()}
+
+
+def _describe(run: dict) -> str:
+    return (
+        f"accuracy {run['accuracy']:.2%}, {human_time(run['seconds'])}, "
+        f"step {human_time(run['step_seconds'])}, peak memory {human_bytes(run['peak_bytes'])}"
+    )
+
+
+def _summary(runs: list[dict]) -> dict:
+    """Over the seeds: mean and standard deviation of the accuracy, medians of step time and peak memory."""
+    accuracies = [run["accuracy"] for run in runs]
+    return {
+        "accuracy_mean": statistics.fmean(accuracies),
+        "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "step_seconds": statistics.median(run["step_seconds"] for run in runs),
+        "peak_bytes": statistics.median(run["peak_bytes"] for run in runs),
+    }
+
+
+def _add_ratios(objectives: dict[str, dict]) -> None:
+    """Step time and peak memory as multiples of backprop's, where that was trained too."""
+    baseline = objectives.get(BASELINE, {}).get("summary")
+    for entry in objectives.values():
+        for name in ("step_seconds", "peak_bytes"):
+            entry["summary"][f"{name}_ratio"] = entry["summary"][name] / baseline[name] if baseline else None
+
+
+def _table(objectives: dict[str, dict]) -> str:
+    head = ("objective", "accuracy", "spread", "step time", f"/ {BASELINE}", "peak memory", f"/ {BASELINE}")
+    rows = [head]
+    for name, entry in objectives.items():
+        s = entry["summary"]
+        spread = "-" if s["accuracy_std"] is None else f"±{s['accuracy_std']:.2%}"
+        ratios = ["-" if s[key] is None else f"{s[key]:.2f}" for key in ("step_seconds_ratio", "peak_bytes_ratio")]
+        times = human_time(s["step_seconds"]), ratios[0], human_bytes(s["peak_bytes"]), ratios[1]
+        rows.append((name, f"{s['accuracy_mean']:.2%}", spread, *times))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _draw(report: dict, path: Path) -> None:
+    """Accuracy of every seed with its mean, and peak memory, one row per objective."""
+    import io
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    objectives, protocol = report["objectives"], report["protocol"]
+    names = list(objectives)[::-1]  # matplotlib's axis points up
+    size = (9, 1.8 + 0.45 * len(names))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+    for row, name in enumerate(names):
+        summary = objectives[name]["summary"]
+        seeds = [100 * run["accuracy"] for run in objectives[name]["runs"]]
+        mean, mebibytes = 100 * summary["accuracy_mean"], summary["peak_bytes"] / 2**20
+        left.plot(seeds, [row] * len(seeds), "o", color="tab:blue", alpha=0.5, label="one seed" if row == 0 else None)
+        left.plot(mean, row, "|", color="black", markersize=22, markeredgewidth=2, label="mean" if row == 0 else None)
+        left.annotate(f"{mean:.1f}", (mean, row), (0, 12), textcoords="offset points", ha="center", fontsize=9)
+        right.barh(row, mebibytes, color="tab:orange", height=0.55)
+        right.annotate(f" {human_bytes(summary['peak_bytes'])}", (mebibytes, row), va="center", fontsize=9)
+    left.set(yticks=range(len(names)), yticklabels=names, xlabel="test accuracy (%)", ylim=(-0.6, len(names) - 0.3))
+    left.grid(axis="x", alpha=0.3)
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, fontsize=9, markerscale=0.5)
+    right.set(xlabel="peak memory of a step (MiB)")
+    right.margins(x=0.25)
+    right.tick_params(axis="y", length=0)
+    figure.suptitle(
+        f"{protocol['model']} on {protocol['data']}: {protocol['train_size']:,} training images, "
+        f"{protocol['epochs']} epochs, {protocol['seeds']} seeds",
+        fontsize=11,
+    )
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    pyplot.close(figure)
+    write_atomically(path, content.getvalue())
