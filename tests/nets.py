@@ -1,0 +1,43 @@
+"""Small networks of every kind that the block-local tests train, with an input and targets for each."""
+
+import torch
+from torch import nn
+
+from bllkern.models.resnet import BasicBlock, ResNet
+from bllkern.models.transformer import Transformer
+
+CLASSES = 5
+NAMES = ["mlp", "convnet", "resnet", "transformer"]
+
+
+def build(name):
+    """The network ``name``, the names of its cuts, an input and targets."""
+    if name == "mlp":
+        net = nn.Sequential(
+            nn.Linear(12, 16),
+            nn.ReLU(),
+            nn.Linear(16, 16),
+            nn.ReLU(),
+            nn.Linear(16, 10),
+            nn.ReLU(),
+            nn.Linear(10, CLASSES),
+        )
+        return net, ["1", "3", "5"], torch.randn(16, 12), torch.randint(0, CLASSES, (16,))
+    if name == "convnet":
+        net = nn.Sequential(
+            nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)),
+            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)),
+            nn.Flatten(),
+            nn.Linear(32, CLASSES),
+        )
+        return net, ["0", "1"], torch.randn(16, 3, 8, 8), torch.randint(0, CLASSES, (16,))
+    if name == "resnet":
+        net = ResNet(BasicBlock, (1, 2, 1), CLASSES, (3, 8, 8), planes=4)
+        return net, ["layer1", "layer2.0", "layer3"], torch.randn(16, 3, 8, 8), torch.randint(0, CLASSES, (16,))
+    net = Transformer(CLASSES, 6, width=16, heads=2, depth=3)
+    return net, ["layers.0", "layers.1"], torch.randint(0, CLASSES, (8, 6)), torch.randint(0, CLASSES, (8, 6))
+
+
+def cross_entropy(output, y):
+    """The global loss, of classes per sample or per token."""
+    return nn.functional.cross_entropy(output.flatten(0, -2), y.flatten())

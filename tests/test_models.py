@@ -1,0 +1,97 @@
+"""The networks of bllkern.models: shapes, names, cuts, and that gradients reach every parameter."""
+
+import pytest
+import torch
+
+from bllkern import models
+
+IMAGE_MODELS = sorted(name for name, model in models.MODELS.items() if model.rank != 1)
+
+
+def _inputs(name, batch=2):
+    if name == "transformer":
+        return torch.randint(7, (batch, 6)), (6,)
+    return torch.randn(batch, 3, 16, 16), (3, 16, 16)
+
+
+@pytest.mark.parametrize("name", sorted(models.MODELS))
+def test_logits_gradients_and_cuts(name):
+    x, in_shape = _inputs(name)
+    net = models.build(name, 7, in_shape)
+    logits = net(x)
+    assert logits.shape == ((2, 6, 7) if name == "transformer" else (2, 7))
+    logits.square().mean().backward()
+    assert [n for n, p in net.named_parameters() if p.grad is None] == []
+    names = [n for n, _ in net.named_modules()]
+    cuts = models.default_cuts(name)
+    assert len(cuts) >= 2 and sorted(cuts, key=names.index) == cuts  # every cut is a module, in order
+
+
+@pytest.mark.parametrize("in_shape", [(1, 8, 8), (3, 32, 32), (3, 28, 30)])
+@pytest.mark.parametrize("name", ["mlp", "convnet", "vgg11", "resnet18"])
+def test_image_sizes(name, in_shape):
+    assert models.build(name, 10, in_shape)(torch.randn(2, *in_shape)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    # torchvision's resnet18 and resnet50 (11,689,512, 25,557,032) with a stem of 1,728 weights instead of 9,408 and fc
+    # for 10 instead of 1,000 classes; the paper's 0.27M and 1.7M with 2,752 parameters of shortcut convolutions
+    [("resnet18", 11_173_962), ("resnet50", 23_520_842), ("resnet20", 272_474), ("resnet110", 1_730_714)],
+)
+def test_number_of_parameters(name, parameters):
+    assert sum(p.numel() for p in models.build(name, 10, (3, 32, 32)).parameters()) == parameters
+
+
+def test_resnet_names_are_those_of_torchvision():
+    keys = set(models.build("resnet18", 10, (3, 32, 32)).state_dict())
+    named = {"conv1.weight", "bn1.running_mean", "layer1.0.conv2.weight", "layer2.0.downsample.1.bias", "fc.bias"}
+    assert named <= keys
+
+
+def test_causal_transformer_does_not_look_ahead():
+    net = models.build("transformer", 7, (6,)).eval()
+    x, _ = _inputs("transformer", 1)
+    changed = x.clone()
+    changed[0, 4] = (changed[0, 4] + 1) % 7
+    different = (net(x) != net(changed)).any(-1)[0]
+    assert different.tolist() == [False] * 4 + [True] * 2
+
+
+def test_transformer_that_sees_everything():
+    net = models.transformer(7, (6,), causal=False).eval()
+    x, _ = _inputs("transformer", 1)
+    changed = x.clone()
+    changed[0, 4] = (changed[0, 4] + 1) % 7
+    assert (net(x) != net(changed)).any(-1).all()
+
+
+@pytest.mark.parametrize("name", ["resnet34x", "", "MLP"])
+def test_unknown_name(name):
+    with pytest.raises(ValueError, match="model must be one of .*convnet"):
+        models.build(name, 10, (3, 32, 32))
+    with pytest.raises(ValueError, match="model must be one of .*convnet"):
+        models.default_cuts(name)
+
+
+def test_wrong_shapes():
+    with pytest.raises(ValueError, match=r"in_shape must have 3 dimensions for 'convnet', got \[64\]"):
+        models.build("convnet", 10, (64,))
+    with pytest.raises(ValueError, match=r"in_shape must have 1 dimensions for 'transformer'"):
+        models.build("transformer", 10, (3, 32, 32))
+    with pytest.raises(ValueError, match="T <= 6"):
+        models.build("transformer", 7, (6,))(torch.zeros(1, 7, dtype=torch.int64))
+    with pytest.raises(ValueError, match="depth must be 6 n"):
+        models.cifar_resnet(21, 10, (3, 32, 32))
+    with pytest.raises(ValueError, match="width must be a multiple of heads"):
+        models.transformer(7, (6,), width=65)
+
+
+@pytest.mark.parametrize("name", IMAGE_MODELS)
+def test_seed_decides_the_weights(name):
+    def state():
+        torch.manual_seed(3)
+        return models.build(name, 10, (3, 8, 8)).state_dict()
+
+    first, second = state(), state()
+    assert all(torch.equal(first[key], second[key]) for key in first)

@@ -1,0 +1,136 @@
+"""Every Triton kernel becomes a cubin for sm_80, sm_90 and sm_100 without a GPU, and spills no register."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+triton_aot = pytest.importorskip("triton_aot")
+
+WARPS = 8
+VARIANTS = pytest.mark.parametrize("dtype, architecture", triton_aot.VARIANTS)
+
+
+def check(module, kernel, *arguments):
+    kernel = getattr(importlib.import_module(f"bllkern.backends.triton.{module}"), kernel)
+    return triton_aot.assert_compiles_without_spills(kernel, *arguments)
+
+
+def agreement_types(dtype, *integers):
+    pointers = {name: f"*{dtype}" for name in ("a_ptr", "b_ptr", "grad_a_ptr", "grad_b_ptr")}
+    return {**pointers, "loss_ptr": "*fp32", "scale": "fp32", **{name: "i32" for name in integers}}
+
+
+@VARIANTS
+@pytest.mark.parametrize("family", ("bernoulli", "gaussian", "gaussian_learned", "poisson"))
+def test_agreement_of_units(family, dtype, architecture):
+    constants = {"FAMILY": family, "PER_ROW": False, "ROWS": 1, "COLS": 2048}
+    types = agreement_types(dtype, "rows", "units", "tiles")
+    check("agreement", "_units", types, constants, architecture, WARPS)
+
+
+@pytest.mark.parametrize("shape", ((512, 4), (16, 128), (1, 4096)), ids=str)
+@VARIANTS
+def test_agreement_of_groups(dtype, shape, architecture):
+    constants = {"PER_ROW": False, "ROWS": shape[0], "COLS": shape[1]}
+    types = agreement_types(dtype, "groups", "size")
+    check("agreement", "_groups", types, constants, architecture, WARPS)
+
+
+@VARIANTS
+def test_agreement_of_long_groups(dtype, architecture):
+    types = agreement_types(dtype, "size")
+    check("agreement", "_long_groups", types, {"COLS": 2048}, architecture, WARPS)
+
+
+@pytest.mark.parametrize("index", (True, False), ids=("indices", "probabilities"))
+@VARIANTS
+@pytest.mark.parametrize("shape", ((64, 16), (1, 4096)), ids=str)
+def test_softmax_error(shape, dtype, index, architecture):
+    types = {name: "*fp32" for name in ("logits_ptr", "loss_ptr")}
+    types |= {"bias_ptr": f"*{dtype}", "target_ptr": "*i64" if index else f"*{dtype}", "error_ptr": f"*{dtype}"}
+    types |= {"rows": "i32", "classes": "i32", "ignore_index": "i32", "smoothing": "fp32"}
+    constants = {"INDEX": index, "ROWS": shape[0], "COLS": shape[1]}
+    warps = WARPS if shape[1] <= 1024 else 2 * WARPS
+    check("linear_cross_entropy", "_softmax_error", types, constants, architecture, warps)
+
+
+@pytest.mark.parametrize("family", ("bernoulli", "categorical", "gaussian_learned"))
+@VARIANTS
+def test_log_evidence(family, dtype, architecture):
+    parameters = "*fp32" if family == "categorical" else f"*{dtype}"
+    types = {"a_ptr": parameters, "b_ptr": f"*{dtype}", "logits_ptr": "*fp32"}
+    types |= {"lse_ptr": "*fp32"} if family == "categorical" else {}
+    types |= {name: "i32" for name in ("rows", "classes", "units", "split_units", "size")}
+    constants = {"FAMILY": family, "ROWS": 32, "COLS": 32 if family == "gaussian_learned" else 64}
+    constants |= {} if family == "categorical" else {"lse_ptr": None}
+    check("evidence_cross_entropy", "_log_evidence", types, constants, architecture, 4)
+
+
+@pytest.mark.parametrize(
+    "family, shape, kept",
+    (
+        ("bernoulli", (32, 64, 1), False),
+        ("categorical", (32, 16, 4), False),
+        ("categorical", (8, 1, 256), False),
+        ("categorical", (32, 64, 1), True),
+        ("gaussian_learned", (16, 32, 2), False),
+    ),
+)
+@VARIANTS
+def test_posterior_sum(family, shape, kept, dtype, architecture):
+    fp32 = ("error_ptr", "out_ptr") + (("p_ptr",) if family == "categorical" else ()) + (("lse_ptr",) if kept else ())
+    integers = ("rows", "terms", "width", "units", "split_terms", "size", "unit_stride", "parameter_stride",
+                "group_size", "lse_group", "lse_row", "lse_term")  # fmt: skip
+    types = {"p_ptr": f"*{dtype}", "q_ptr": f"*{dtype}"} | dict.fromkeys(fp32, "*fp32") | dict.fromkeys(integers, "i32")
+    constants = dict(zip(("FAMILY", "ROWS", "UNITS", "SIZE"), (family, *shape), strict=True))
+    constants |= {} if kept else {"lse_ptr": None}
+    check("evidence_cross_entropy", "_posterior_sum", types, constants, architecture, 4)
+
+
+@VARIANTS
+def test_normalization(dtype, architecture):
+    types = {"x_ptr": f"*{dtype}", "counted_ptr": "*u8", "xn_ptr": f"*{dtype}"}
+    types |= {"reciprocal_ptr": "*fp32", "width": "i32"}
+    check("gram", "_normalize", types, {"COLS": 2048}, architecture, 4)
+    types = {"xn_ptr": f"*{dtype}", "by_xn_ptr": "*fp32", "reciprocal_ptr": "*fp32", "scale_ptr": "*fp32"}
+    types |= {"by_x_ptr": f"*{dtype}", "width": "i32"}
+    check("gram", "_normalize_backward", types, {"COLS": 2048}, architecture, 4)
+
+
+@VARIANTS
+@pytest.mark.parametrize("target", ("*i64", "*fp32", None))
+def test_gram_error(target, dtype, architecture):
+    types = {"gram_ptr": "*fp32", "error_ptr": f"*{dtype}", "squares_ptr": "*fp32"}
+    types |= dict.fromkeys(("first", "rows", "columns", "tiles"), "i32")
+    constants = {"LABELS": target == "*i64", "ROWS": 2, "COLS": 1024}
+    for name, given in (("target_ptr", target), ("counted_ptr", "*u8" if target == "*i64" else None)):
+        types |= {name: given} if given else {}
+        constants |= {} if given else {name: None}
+    check("gram", "_gram_error", types, constants, architecture, WARPS)
+
+
+@pytest.mark.parametrize(
+    "family, size, aligned, dtype, architecture",
+    (
+        *(("bernoulli", 1, True, *variant) for variant in triton_aot.VARIANTS),
+        *(("bernoulli", 1, False, dtype, 90) for dtype in ("fp32", "bf16")),
+        ("poisson", 1, True, "bf16", 90),
+        ("categorical", 16, True, "bf16", 90),
+    ),
+)
+def test_linear_agreement(family, size, aligned, dtype, architecture):
+    """Matrix products of half precision are wgmma on Hopper."""
+    tile = importlib.import_module("bllkern.backends.triton.linear_agreement").tile
+    names = ("x_ptr", "weight_ptr", "bias_ptr", "b_ptr", "z_ptr", "grad_z_ptr", "grad_b_ptr")
+    types = dict.fromkeys(names, f"*{dtype}") | {"loss_ptr": "*fp32", "rows": "i32", "scale": "fp32"}
+    sizes = dict.fromkeys(("width", "inner"), 1024 if aligned else 1023)
+    shape, warps = tile(4096, *sizes.values(), torch.float32 if dtype == "fp32" else torch.bfloat16)
+    constants = {"FAMILY": family, "SIZE": size, "BAND": 8} | dict(zip(("ROWS", "COLS", "INNER"), shape, strict=True))
+    constants |= sizes if aligned else {}
+    types |= {} if aligned else dict.fromkeys(sizes, "i32")
+    ptx = check("linear_agreement", "_linear_agreement", types, constants, architecture, warps)
+    assert ("wgmma.mma_async" in ptx) == (architecture == 90 and dtype != "fp32")

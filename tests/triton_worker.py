@@ -1,0 +1,103 @@
+"""Runs ops on the Triton interpreter in a process of its own: TRITON_INTERPRET must be set before triton is imported.
+
+The parent sends ``(op, args)`` and receives ``(results, error)``, pickled by torch, each behind its length in 8 bytes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import io
+import os
+import pathlib
+import subprocess
+import sys
+
+import torch
+
+
+def _send(stream, message) -> None:
+    buffer = io.BytesIO()
+    torch.save(message, buffer)
+    stream.write(buffer.tell().to_bytes(8, "little") + buffer.getvalue())
+    stream.flush()
+
+
+def _receive(stream):
+    length = int.from_bytes(stream.read(8), "little")
+    return torch.load(io.BytesIO(stream.read(length)), weights_only=True) if length else None
+
+
+@functools.lru_cache(maxsize=None)
+def _worker() -> subprocess.Popen:
+    root = str(pathlib.Path(__file__).parents[1])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    settings = {"TRITON_INTERPRET": "1", "BLLKERN_BACKEND": "triton", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, __file__], env={**os.environ, **settings}, **pipes)
+    atexit.register(process.stdin.close)
+    return process
+
+
+def run(op: str, *args):
+    """``torch.ops.bllkern.<op>(*args)`` on the Triton backend, interpreted on the CPU."""
+    process = _worker()
+    _send(process.stdin, (op, args))
+    reply = _receive(process.stdout)
+    assert reply is not None, f"the worker died in {op}{args[1:]}"
+    results, error = reply
+    assert not error, error
+    return results
+
+
+def _repair_interpreter() -> None:
+    """Three defects: before triton 3.7 loop bounds are made by ``int`` from arrays [1], which numpy 2.4 refuses; and all
+    versions cut float32 off to bfloat16, where GPUs round to nearest even, and multiply matrices of bfloat16 by the
+    integers that stand for them."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    patch, cast, dot = interpreter._patch_lang_tensor, builder.cast_impl, builder.create_dot
+
+    def patch_lang_tensor(tensor, *scope):
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    def cast_impl(self, source, dtype):
+        if source.dtype.scalar == tl.float32 and dtype.scalar == tl.bfloat16:
+            bits = source.data.view("uint32")
+            rounded = (bits + 0x7FFF + (bits >> 16 & 1)).astype("uint32").view("float32")
+            source = interpreter.TensorHandle(rounded, source.dtype)
+        return cast(self, source, dtype)
+
+    def create_dot(self, a, b, *rest):
+        a, b = (cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+    builder.cast_impl, builder.create_dot = cast_impl, create_dot
+
+
+def _serve() -> None:
+    import importlib
+    import traceback
+
+    import bllkern  # noqa: F401 (registers the ops)
+
+    _repair_interpreter()
+    for name in ("linear_cross_entropy", "gram"):
+        # chunks of the least number of rows, 64, so that small inputs take several
+        importlib.import_module(f"bllkern.backends.triton.{name}").CHUNK = 1
+    replies, sys.stdout = sys.stdout.buffer, sys.stderr
+    while (request := _receive(sys.stdin.buffer)) is not None:
+        op, args = request
+        try:
+            reply = tuple(getattr(torch.ops.bllkern, op)(*args)), ""
+        except Exception:
+            reply = (), traceback.format_exc()
+        _send(replies, reply)
+
+
+if __name__ == "__main__":
+    _serve()
