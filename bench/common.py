@@ -1,0 +1,163 @@
+"""One set-up for all benchmarks: the same inputs for every provider, what a step is, and what is reported about it.
+
+A benchmark names its plain-torch formula and the library's function; ``providers`` makes of them eager torch,
+``torch.compile`` and ours.  ``Bench`` (the fixture ``bench``) times one of them, and puts peak memory, bytes moved and
+the fraction of the copy bandwidth measured in the same run into ``extra_info``.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+PROVIDERS = ("eager", "compile", "bllkern")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SECONDS = 0.4  # to spend on one benchmark, roughly
+COLD_BYTES = 256 << 20  # inputs rotate on a GPU until they are more than its caches hold
+
+
+def provider(name: str, plain: Callable, ours: Callable) -> Callable:
+    """The function that ``name`` stands for; ``plain`` is the formula in plain torch."""
+    if name == "compile":
+        torch._dynamo.reset()
+        return torch.compile(plain)
+    return {"eager": plain, "bllkern": ours}[name]
+
+
+def step(function: Callable, inputs: tuple[Tensor, ...], backward: bool) -> Callable[[], None]:
+    """One measured step: the forward pass, or forward and backward passes with gradients made anew."""
+    if not backward:
+        return torch.no_grad()(functools.partial(function, *inputs))
+    leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs]
+
+    def forward_backward():
+        for x in leaves:
+            x.grad = None
+        function(*leaves).backward()
+
+    return forward_backward
+
+
+def peak_memory(run: Callable[[], None], device: str) -> int:
+    """Bytes that torch's allocator holds at most during ``run``, beyond those it holds before."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second, read plus written, of a copy that no cache holds."""
+    source = torch.randn(1 << 25, device=device)
+    target = torch.empty_like(source)
+    seconds = _seconds(lambda: target.copy_(source), device)
+    return 2 * source.nbytes / median(seconds(rounds=10))
+
+
+def _seconds(run: Callable[[], None], device: str) -> Callable[[int], list[float]]:
+    now = device_clock() if device == "cuda" else time.perf_counter
+
+    def timed(rounds):
+        results = []
+        for _ in range(rounds + 2):
+            start = now()
+            run()
+            results.append(now() - start)
+        return results[2:]
+
+    return timed
+
+
+def device_clock() -> Callable[[], float]:
+    """Seconds on the GPU's clock, when everything launched so far is done."""
+    start = torch.cuda.Event(enable_timing=True)
+    start.record()
+
+    def now() -> float:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        event.synchronize()
+        return start.elapsed_time(event) / 1e3
+
+    return now
+
+
+class Rotation:
+    """On a GPU: the step on one set of inputs after another, each a replayed CUDA graph, so that caches are cold."""
+
+    def __init__(self, steps: list[Callable[[], None]]):
+        self.graphs, self.next = [_captured(run) for run in steps], 0
+
+    def __call__(self):
+        self.graphs[self.next].replay()
+        self.next = (self.next + 1) % len(self.graphs)
+
+
+def _captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+@dataclass
+class Bench:
+    benchmark: Callable
+    bandwidth: Callable[[str], float]
+
+    def __call__(
+        self, function: Callable, make_inputs: Callable[[], tuple[Tensor, ...]], backward: bool, bytes_moved: int
+    ) -> None:
+        """Time ``function`` on inputs that ``make_inputs`` draws; ``bytes_moved`` is the least a step can move."""
+        inputs = make_inputs()
+        device = inputs[0].device.type
+        run = step(function, inputs, backward)
+        run()
+        peak = peak_memory(step(function, inputs, backward), device)  # a fresh step has no gradients to free
+        iterations = 1
+        if device == "cuda":
+            iterations = max(2, COLD_BYTES // sum(x.nbytes for x in inputs) + 1) if bytes_moved >= 1 << 20 else 2
+            sets = [inputs] + [make_inputs() for _ in range(iterations - 1)]
+            run = Rotation([step(function, each, backward) for each in sets])
+            self.benchmark._timer = device_clock()
+        once = median(_seconds(run, device)(rounds=3))
+        if device == "cpu":
+            iterations = max(1, min(1000, int(1e-3 / once)))
+        rounds = max(5, min(200, int(SECONDS / (once * iterations))))
+        self.benchmark.pedantic(run, rounds=rounds, iterations=iterations, warmup_rounds=1)
+        self._report(device, peak, bytes_moved)
+
+    def _report(self, device: str, peak: int, bytes_moved: int) -> None:
+        bandwidth, seconds = self.bandwidth(device), self.benchmark.stats.stats.median
+        self.benchmark.extra_info.update(
+            device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+            peak_memory_bytes=peak,
+            bytes_moved=bytes_moved,
+            copy_bytes_per_second=bandwidth,
+            fraction_of_copy_bandwidth=bytes_moved / seconds / bandwidth,
+        )
