@@ -1,6 +1,7 @@
 """Eager, deferred and immediate: the same weights as a hand-written loop, and what they work together with."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -260,34 +261,38 @@ def test_optimizers_before_the_blocks_are_known():
 
 
 def _replica(rank, file, schedule, around, queue):
-    """Two processes, half a batch each; what they end with."""
+    """Two processes, half a batch each; puts what they end with into ``queue``."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     try:
-        torch.manual_seed(0)
-        net, cuts, x, y = nets.build("mlp")
-        x = x.double()
-        net = bllkern.convert(net.double(), cuts, nets.CLASSES, "bwbpf", schedule, example=x)
-        if around == "network":
-            wrapped = DistributedDataParallel(net)
-        else:
-            for i in (0, 2, 4, 6):
-                net[i] = DistributedDataParallel(net[i])
-            wrapped = net
-        optimizer = torch.optim.SGD(net.parameters(), lr=LR)
-        for _ in range(3):
-            optimizer.zero_grad()
-            with bllkern.targets(y.chunk(2)[rank]):
-                loss = F.cross_entropy(wrapped(x.chunk(2)[rank]), y.chunk(2)[rank])
-            if schedule == "deferred":
-                loss = loss + bllkern.local_loss(net)
-            loss.backward()
-            optimizer.step()
-        queue.put((rank, [p.detach().numpy() for name, p in net.named_parameters() if "local" not in name]))
+        queue.put((rank, _train_replica(rank, schedule, around)))
     except RuntimeError as error:
         queue.put((rank, str(error)))
-    finally:
-        dist.destroy_process_group()
+    gc.collect()  # a DDP that outlives its group ends it while holding the GIL, which gloo's thread may wait for
+    dist.destroy_process_group()
+
+
+def _train_replica(rank, schedule, around):
+    torch.manual_seed(0)
+    net, cuts, x, y = nets.build("mlp")
+    x = x.double()
+    net = bllkern.convert(net.double(), cuts, nets.CLASSES, "bwbpf", schedule, example=x)
+    if around == "network":
+        wrapped = DistributedDataParallel(net)
+    else:
+        for i in (0, 2, 4, 6):
+            net[i] = DistributedDataParallel(net[i])
+        wrapped = net
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+    for _ in range(3):
+        optimizer.zero_grad()
+        with bllkern.targets(y.chunk(2)[rank]):
+            loss = F.cross_entropy(wrapped(x.chunk(2)[rank]), y.chunk(2)[rank])
+        if schedule == "deferred":
+            loss = loss + bllkern.local_loss(net)
+        loss.backward()
+        optimizer.step()
+    return [p.detach().numpy() for name, p in net.named_parameters() if "local" not in name]
 
 
 def _run_replicas(tmp_path, schedule, around):
