@@ -7,9 +7,11 @@ non-contiguous; where dtypes differ they are promoted as torch does.  None of th
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import once_differentiable as _once_differentiable
 
 from . import families
 
@@ -17,20 +19,32 @@ _ops = torch.ops.bllkern
 _REDUCTIONS = ("mean", "sum", "none")
 
 
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+def _unified(**tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in their common dtype: floats on the device of the first one, or ``None``.
 
-
-def _check_float(name: str, x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
-
-
-def _check_device(of: str, device: torch.device, **tensors: Tensor | None) -> None:
+    The usual case, nothing to convert, costs a comparison each: these checks run at every call of every loss.
+    """
+    of, first = next(iter(tensors.items()))
+    dtype, device = first.dtype, first.device
+    if dtype.is_floating_point:
+        for x in tensors.values():
+            if x is not None and (x.dtype is not dtype or x.device != device):
+                break
+        else:
+            return tuple(tensors.values())
     for name, x in tensors.items():
-        if x is not None and x.device != device:
-            raise ValueError(f"{name} must be on the device of {of}, {device}, got {x.device}")
+        if x is not None and not x.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+    for name, x in tensors.items():
+        if x is not None:
+            _check_device(of, device, name, x)
+            dtype = torch.promote_types(dtype, x.dtype)
+    return tuple(x if x is None or x.dtype == dtype else x.to(dtype) for x in tensors.values())
+
+
+def _check_device(of: str, device: torch.device, name: str, x: Tensor) -> None:
+    if x.device != device:
+        raise ValueError(f"{name} must be on the device of {of}, {device}, got {x.device}")
 
 
 def _check_reduction(reduction: str, allowed=_REDUCTIONS) -> None:
@@ -38,41 +52,45 @@ def _check_reduction(reduction: str, allowed=_REDUCTIONS) -> None:
         raise ValueError(f"reduction must be one of {allowed}, got {reduction!r}")
 
 
-def _check_target(target: Tensor, rows: int, classes: int | None, ignore_index: int) -> None:
-    """``target`` is [rows] class indices below ``classes``, or [rows, classes] floats.  Values are checked on the CPU."""
-    if target.is_floating_point():
-        _check(
-            target.dim() == 2 and len(target) == rows and classes in (None, target.shape[1]),
-            f"target must have shape [{rows}, {classes or 'E'}] as floats, got {list(target.shape)}",
-        )
-        return
-    if target.dtype != torch.int64:
+def _check_target(target: Tensor, of: str, x: Tensor, classes: int | None) -> None:
+    """``target`` is class indices [N] or floats [N, classes] for the N rows of ``x``, which the message calls ``of``.
+
+    That indices are below ``classes`` is for the op to check, where that needs no synchronisation.
+    """
+    _check_device(of, x.device, "target", target)
+    rows = x.shape[0]
+    if target.dtype is torch.int64:
+        if target.shape != (rows,):
+            raise ValueError(f"target must have shape [{rows}] as class indices, got {list(target.shape)}")
+    elif not target.is_floating_point():
         raise TypeError(f"target must be int64 class indices or floats, got {target.dtype}")
-    if target.shape != (rows,):
-        raise ValueError(f"target must have shape [{rows}] as class indices, got {list(target.shape)}")
-    if classes is not None and target.device.type == "cpu" and rows and not torch.compiler.is_compiling():
-        lowest, highest = target.aminmax()
-        if lowest.item() >= 0 and highest.item() < classes:
-            return
-        wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
-        if wrong.any():
-            raise ValueError(
-                f"target must hold class indices from 0 to {classes - 1} (or ignore_index {ignore_index}), "
-                f"got {int(target[wrong][0])}"
-            )
+    elif target.dim() != 2 or len(target) != rows or classes not in (None, target.shape[1]):
+        raise ValueError(f"target must have shape [{rows}, {classes or 'E'}] as floats, got {list(target.shape)}")
 
 
-def _promoted(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    dtype = tensors[0].dtype
-    if all(x is None or x.dtype == dtype for x in tensors):
-        return tensors
-    for x in tensors[1:]:
-        dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
-    return tuple(x if x is None or x.dtype == dtype else x.to(dtype) for x in tensors)
+def _check_rows(x: Tensor) -> None:
+    _unified(x=x)
+    if x.dim() != 2:
+        raise ValueError(f"x must have shape [N, D], got {list(x.shape)}")
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:  # a generator would cost as much as all the rest
+            if x is not None and x.requires_grad:
+                return True
+    return False
+
+
+def once_differentiable(backward):
+    """torch's decorator of the same name; what it costs is spent only where a second derivative could be asked for."""
+    guarded = _once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def once(ctx, *upstream):
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *upstream)
+
+    return once
 
 
 def _upstream(grads: tuple[Tensor | None, ...], upstream: Tensor | None) -> list[Tensor | None]:
@@ -115,16 +133,14 @@ def agreement(a: Tensor, b: Tensor, family: str | families.Family = "bernoulli",
     Raises: ``ValueError`` for shapes, devices, family or reduction; ``TypeError`` for dtypes.
     """
     f = families.get(family)
-    _check_float("a", a)
-    _check_float("b", b)
-    _check(a.dim() >= 1, "a must have shape [..., D], got []")
-    if a.shape != b.shape:  # the message of a check that holds would cost a microsecond
-        raise ValueError(f"b must have the shape of a, {list(a.shape)}, got {list(b.shape)}")
-    _check_device("a", a.device, b=b)
+    a, b = _unified(a=a, b=b)
+    shape = a.shape
+    if not shape:
+        raise ValueError("a must have shape [..., D], got []")
+    if b.shape != shape:
+        raise ValueError(f"b must have the shape of a, {list(shape)}, got {list(b.shape)}")
     _check_reduction(reduction)
-    f.check_width(a.shape[-1], "a")
-    if a.dtype != b.dtype:
-        a, b = _promoted(a, b)
+    f.check_width(shape[-1], "a")
     if _needs_grad(a, b):
         return _Agreement.apply(a, b, f.name, f.group_size or 0, reduction)
     return _ops.agreement.default(a, b, f.name, f.group_size or 0, reduction, False, False)[0]
@@ -171,22 +187,17 @@ def evidence_cross_entropy(
     Raises: ``ValueError`` for shapes, devices, values, family or reduction; ``TypeError`` for dtypes.
     """
     f = families.get(family)
-    _check_float("a", a)
-    _check_float("messages", messages)
-    # no message is made for a check that holds: each would cost a microsecond
-    shape, classes = a.shape, len(messages)
-    if len(shape) != 2:
-        raise ValueError(f"a must have shape [N, D], got {list(shape)}")
-    if messages.shape != (classes, shape[1]) or not classes:
-        raise ValueError(f"messages must have shape [C, {shape[1]}] with C >= 1, got {list(messages.shape)}")
+    a, messages, log_prior = _unified(a=a, messages=messages, log_prior=log_prior)
+    if a.dim() != 2:
+        raise ValueError(f"a must have shape [N, D], got {list(a.shape)}")
+    width, classes = a.shape[1], messages.shape[0] if messages.dim() else 0
+    if messages.shape != (classes, width) or not classes:
+        raise ValueError(f"messages must have shape [C, {width}] with C >= 1, got {list(messages.shape)}")
     if log_prior is not None and log_prior.shape != (classes,):
         raise ValueError(f"log_prior must be None or have shape [{classes}], got {list(log_prior.shape)}")
-    _check_device("a", a.device, messages=messages, target=target, log_prior=log_prior)
-    _check_target(target, shape[0], classes, ignore_index)
+    _check_target(target, "a", a, classes)
     _check_reduction(reduction, ("mean", "sum"))
-    f.check_width(shape[1], "a")
-    if not a.dtype == messages.dtype == (a if log_prior is None else log_prior).dtype:
-        a, messages, log_prior = _promoted(a, messages, log_prior)
+    f.check_width(width, "a")
     args = (target, f.name, f.group_size or 0, reduction, ignore_index)
     if _needs_grad(a, messages, log_prior):
         return _EvidenceCrossEntropy.apply(a, messages, log_prior, *args)
@@ -229,21 +240,18 @@ def linear_cross_entropy(
     Returns: a scalar in nats.
     Raises: ``ValueError`` for shapes, values or reduction; ``TypeError`` for dtypes.
     """
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            _check_float(name, tensor)
+    x, weight, bias = _unified(x=x, weight=weight, bias=bias)
     if x.dim() < 2:
         raise ValueError(f"x must have shape [N, D] or [N, D, *spatial], got {list(x.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[1] or not len(weight):
-        raise ValueError(f"weight must have shape [C, {x.shape[1]}] with C >= 1, got {list(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be None or have shape [{len(weight)}], got {list(bias.shape)}")
+    width, classes = x.shape[1], weight.shape[0] if weight.dim() else 0
+    if weight.shape != (classes, width) or not classes:
+        raise ValueError(f"weight must have shape [C, {width}] with C >= 1, got {list(weight.shape)}")
+    if bias is not None and bias.shape != (classes,):
+        raise ValueError(f"bias must be None or have shape [{classes}], got {list(bias.shape)}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
-    _check_device("x", x.device, weight=weight, bias=bias, target=target)
-    _check_target(target, len(x), len(weight), ignore_index)
+    _check_target(target, "x", x, classes)
     _check_reduction(reduction, ("mean", "sum"))
-    x, weight, bias = _promoted(x, weight, bias)
     args = (target, label_smoothing, reduction, ignore_index)
     if _needs_grad(x, weight, bias):
         return _LinearCrossEntropy.apply(x, weight, bias, *args)
@@ -307,9 +315,7 @@ def linear_agreement(
     Raises: ``ValueError`` for shapes, devices, family or reduction; ``TypeError`` for dtypes.
     """
     f = families.get(family)
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("b", b)):
-        if tensor is not None:
-            _check_float(name, tensor)
+    x, weight, bias, b = _unified(x=x, weight=weight, bias=bias, b=b)
     if x.dim() != 2:
         raise ValueError(f"x must have shape [N, K], got {list(x.shape)}")
     rows, inner = x.shape
@@ -320,10 +326,8 @@ def linear_agreement(
         raise ValueError(f"bias must be None or have shape [{width}], got {list(bias.shape)}")
     if b.shape != (rows, width):
         raise ValueError(f"b must have shape [{rows}, {width}], got {list(b.shape)}")
-    _check_device("x", x.device, weight=weight, bias=bias, b=b)
     _check_reduction(reduction, ("mean", "sum"))
     f.check_width(width, "b")
-    x, weight, bias, b = _promoted(x, weight, bias, b)
     settings = (f.name, f.group_size or 0, reduction)
     if _needs_grad(x, weight, bias, b):
         return _LinearAgreement.apply(x, weight, bias, b, *settings)
@@ -357,13 +361,13 @@ def similarity_matching(x: Tensor, target: Tensor, ignore_index: int = -100) -> 
     Returns: a scalar without unit, from 0 to 4.
     Raises: ``ValueError`` for shapes or devices; ``TypeError`` for dtypes.
     """
-    _check_float("x", x)
-    _check(x.dim() == 2, f"x must have shape [N, D], got {list(x.shape)}")
-    _check_device("x", x.device, target=target)
-    _check_target(target, len(x), None, ignore_index)
+    _check_rows(x)
+    _check_target(target, "x", x, None)
+    if target.requires_grad:
+        target = target.detach()
     if _needs_grad(x):
-        return _SimilarityMatching.apply(x, target.detach(), ignore_index)
-    return _ops.similarity_matching.default(x, target.detach(), ignore_index, False)[0]
+        return _SimilarityMatching.apply(x, target, ignore_index)
+    return _ops.similarity_matching.default(x, target, ignore_index, False)[0]
 
 
 class _Decorrelation(torch.autograd.Function):
@@ -388,8 +392,7 @@ def decorrelation(x: Tensor) -> Tensor:
     Returns: a scalar without unit, from 0 to 1.
     Raises: ``ValueError`` for the shape; ``TypeError`` for the dtype.
     """
-    _check_float("x", x)
-    _check(x.dim() == 2, f"x must have shape [N, D], got {list(x.shape)}")
+    _check_rows(x)
     return _Decorrelation.apply(x) if _needs_grad(x) else _ops.decorrelation.default(x, False)[0]
 
 
@@ -424,13 +427,12 @@ def prototypes(x: Tensor, target: Tensor, num_classes: int, ignore_index: int = 
     Returns: prototypes [C, D] (float32; float64 for float64 features), lengths from 0 to 1, and counts [C] (int64).
     Raises: ``ValueError`` for shapes, devices or values; ``TypeError`` for dtypes.
     """
-    _check_float("x", x)
-    _check(x.dim() == 2, f"x must have shape [N, D], got {list(x.shape)}")
-    _check(num_classes >= 1, f"num_classes must be at least 1, got {num_classes}")
-    _check_device("x", x.device, target=target)
+    _check_rows(x)
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     if target.is_floating_point():
         raise TypeError(f"target must be int64 class indices, got {target.dtype}")
-    _check_target(target, len(x), num_classes, ignore_index)
+    _check_target(target, "x", x, num_classes)
     if _needs_grad(x):
         return _Prototypes.apply(x, target, num_classes, ignore_index)
     return _ops.prototypes.default(x, target, num_classes, ignore_index)

@@ -22,7 +22,13 @@ _named: str | None = None
 
 
 def why_not(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why backend ``name`` cannot run ``op`` on that device and dtype; ``None`` if it can."""
+    """Why backend ``name`` cannot run ``op`` on that device and dtype; ``None`` if it can.
+
+    Raises ``ValueError`` where there is no backend of that name, or no such op.
+    """
+    _check_name(name, "backend")
+    if op not in _ops.SCHEMAS:
+        raise ValueError(f"op must be one of {sorted(_ops.SCHEMAS)}, got {op!r}")
     if name == "reference":
         return None
     return BACKENDS[name].unavailable(op, device_type, dtype)
@@ -30,7 +36,10 @@ def why_not(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | N
 
 @functools.lru_cache(maxsize=None)
 def choose(op: str, device_type: str, dtype: torch.dtype, named: str | None = None) -> str:
-    """The backend that runs ``op``: the one ``named``, which must be able to, or the first of the automatic order."""
+    """The backend that runs ``op``: the one ``named``, which must be able to, or the first of the automatic order.
+
+    Raises ``RuntimeError`` with the reason where the named one cannot run it, ``ValueError`` for an unknown name or op.
+    """
     if named is not None:
         reason = why_not(named, op, device_type, dtype)
         if reason:
@@ -65,21 +74,19 @@ def backend(name: str):
         _named = previous
 
 
-def _register(op: str) -> None:
+def _register(op: str, device_type: str) -> None:
     def kernel(*args):
-        x = args[0]
-        device_type = x.device.type
-        function = _function(op, device_type, x.dtype, _named)
+        function = _function(op, device_type, args[0].dtype, _named)
         if not torch.is_autocast_enabled(device_type):
             return function(*args)
         with torch.autocast(device_type, enabled=False):  # matrix products keep the precision that the op promises
             return function(*args)
 
-    for key in ("CPU", "CUDA"):
-        _ops.impl(op, kernel, key)
+    _ops.impl(op, kernel, device_type.upper())
 
 
 for _op in _ops.SCHEMAS:
-    _register(_op)
+    for _device_type in ("cpu", "cuda"):
+        _register(_op, _device_type)
 if "BLLKERN_BACKEND" in os.environ:
     _named = _check_name(os.environ["BLLKERN_BACKEND"], "environment variable BLLKERN_BACKEND")

@@ -22,9 +22,7 @@ FACTORS = tl.constexpr(16)
 
 
 @triton.jit
-def _bernoulli(
-    a_ptr, b_ptr, row_mask, column_mask, rows, classes, units, ROWS: tl.constexpr, COLS: tl.constexpr
-):
+def _bernoulli(a_ptr, b_ptr, row_mask, column_mask, rows, classes, units, ROWS: tl.constexpr, COLS: tl.constexpr):
     """``A(x) - A(a)``, x = a + b, is ``max(x, 0) - max(a, 0) + log((1 + exp(-|x|)) / (1 + exp(-|a|)))``.
 
     Of ``FACTORS`` units only one logarithm is taken, of the product.  The first difference is taken as that of
