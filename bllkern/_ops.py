@@ -23,9 +23,10 @@ SCHEMAS = {
     "linear_cross_entropy": "(Tensor x, Tensor weight, Tensor? bias, Tensor target, float label_smoothing,"
     " str reduction, int ignore_index, bool grad_x, bool grad_weight, bool grad_bias)"
     " -> (Tensor, Tensor?, Tensor?, Tensor?)",
-    # x: [N, K], weight: [D, K], bias: [D], b: [N, D]; z = x @ weight.T + bias, loss, gradients by z and b
-    "linear_agreement": "(Tensor x, Tensor weight, Tensor? bias, Tensor b, str family, int group_size, str reduction,"
-    " bool grad_z, bool grad_b) -> (Tensor, Tensor, Tensor?, Tensor?)",
+    # x: [N, K], weight: [D, K], bias: [D], b: [N, D], in a dtype of its own; row_weights: [N] factors of the rows'
+    # losses, float32 (or float64); z = x @ weight.T + bias, loss, gradients by z and b
+    "linear_agreement": "(Tensor x, Tensor weight, Tensor? bias, Tensor b, Tensor? row_weights, str family,"
+    " int group_size, str reduction, bool grad_z, bool grad_b) -> (Tensor, Tensor, Tensor?, Tensor?)",
     # x: [N, D], target: [N] or [N, E]
     "similarity_matching": "(Tensor x, Tensor target, int ignore_index, bool grad_x) -> (Tensor, Tensor?)",
     # x: [N, D]
@@ -70,7 +71,7 @@ def _linear_cross_entropy(
     return _loss(x), _like(x, grad_x), _like(weight, grad_weight), _like(bias, grad_bias)
 
 
-def _linear_agreement(x, weight, bias, b, family, group_size, reduction, grad_z, grad_b):
+def _linear_agreement(x, weight, bias, b, row_weights, family, group_size, reduction, grad_z, grad_b):
     z = x.new_empty(b.shape)
     return z, _loss(x), _like(z, grad_z), _like(b, grad_b)
 

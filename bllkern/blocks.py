@@ -8,8 +8,10 @@ knows what lies between two boundaries, so branches, stems and arbitrary forward
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import objectives
@@ -29,8 +31,9 @@ class Boundary(nn.Module):
         channel_dim: where the channels of the activation are; by default 1 from four dimensions up, else the last.
 
     ``forward(z, block, args, kwargs)`` takes the activation and how it was computed, ``block(*args, **kwargs)``, which
-    denoising runs again.  Raises ``RuntimeError`` in training outside of :func:`bllkern.targets`, ``ValueError`` for
-    targets that do not fit, ``FloatingPointError`` for a local loss that is not finite (on the CPU).
+    denoising runs again; and terms of the loss that are ``known`` already (:meth:`linear`).  Raises ``RuntimeError`` in
+    training outside of :func:`bllkern.targets`, ``ValueError`` for targets that do not fit, ``FloatingPointError`` for
+    a local loss that is not finite (on the CPU).
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class Boundary(nn.Module):
         return f"{self.options}, schedule={self.schedule!r}"
 
     @torch.compiler.disable
-    def forward(self, z: Tensor, block: Callable | None = None, args=(), kwargs=None) -> Tensor:
+    def forward(self, z: Tensor, block: Callable | None = None, args=(), kwargs=None, known=None) -> Tensor:
         if self.objective is None:
             return z
         if sizing.active():
@@ -66,7 +69,8 @@ class Boundary(nn.Module):
             return z
         target = current()
         with torch.autocast(z.device.type, enabled=False):
-            terms = self.objective(z, target, lambda std: _rerun(block, args, kwargs or {}, std))
+            rerun = partial(_rerun, block, args, kwargs or {})
+            terms = self.objective(z, target, rerun, known) if known else self.objective(z, target, rerun)
             loss = total(terms, target.scale)
             schedules.check_finite(self, loss, terms)
             self._remember(loss.detach(), target)
@@ -76,6 +80,13 @@ class Boundary(nn.Module):
             if getattr(self.options, "bootstrapping", False):
                 z = self.objective.posterior(z.detach(), target)
             return z.detach()
+
+    @torch.compiler.disable
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """``F.linear`` in training, and the terms of the objective that come with it from the same pass."""
+        if sizing.active() or not torch.is_grad_enabled():
+            return F.linear(x, weight, bias), {}
+        return self.objective.linear(x, weight, bias, current())
 
     def _remember(self, loss: Tensor, step: object) -> None:
         """Keep the loss of this step; a boundary that is passed several times in one step adds them up."""
@@ -212,7 +223,20 @@ def _local_layer(layer: type[nn.Module], channel_dim: int) -> type[nn.Module]:
     return BlockLocalLayer
 
 
-BlockLocalLinear = _local_layer(nn.Linear, -1)
+class BlockLocalLinear(_local_layer(nn.Linear, -1)):
+    """``torch.nn.Linear`` followed by a boundary, ``local``; keyword arguments as in :class:`BlockLocal`.
+
+    Where the objective has an agreement term, the matrix product ends with it: activation, loss and gradient come from
+    one pass (:func:`bllkern.functional.linear_agreement`).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and "agreement" in getattr(self.local.objective, "terms", ())):
+            return super().forward(x)
+        z, known = self.local.linear(x, self.weight, self.bias)
+        return self.local(z, nn.Linear.forward, (self, x), known=known)
+
+
 BlockLocalConv1d = _local_layer(nn.Conv1d, 1)
 BlockLocalConv2d = _local_layer(nn.Conv2d, 1)
 BlockLocalConv3d = _local_layer(nn.Conv3d, 1)

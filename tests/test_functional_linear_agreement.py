@@ -165,6 +165,29 @@ def test_differing_dtypes_are_promoted(backend):
     assert torch.equal(z, expected_z) and torch.equal(loss, expected_loss)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", NAMES)
+def test_row_weights(backend, name, reduction):
+    tensors, f = block(name, 9, 6, 5), families.get(name)
+    weights = torch.rand(9).where(torch.arange(9) % 4 > 0, 0)
+
+    def weighted(x, weight, b, bias):
+        z = F.linear(x, weight, bias)
+        return getattr((f.A(z) + f.A(b) - f.A2(z + b)) * weights.to(z.dtype), reduction)()
+
+    loss = lambda x, weight, b, bias: linear_agreement(x, weight, bias, b, name, reduction, weights)[1]  # noqa: E731
+    assert_matches_float64(loss, weighted, *tensors)
+
+
+def test_a_message_keeps_its_dtype(backend):
+    x, weight, b, bias = block("bernoulli", 9, 6, 5)
+    low = [tensor.bfloat16().requires_grad_() for tensor in (x, weight, bias)]
+    z, loss = linear_agreement(*low, b.requires_grad_())
+    loss.backward()
+    assert z.dtype == low[0].grad.dtype == torch.bfloat16 and b.grad.dtype == torch.float32
+    assert_no_worse_than_eager(loss_of("bernoulli"), formula("bernoulli"), *low[:2], b, low[2])
+
+
 @pytest.mark.parametrize("function", ["loss", "both"])
 def test_compiles_into_one_graph(function):
     torch.compiler.reset()
@@ -190,6 +213,8 @@ def test_compiles_into_one_graph(function):
         (dict(bias=torch.zeros(3)), ValueError, r"bias must be None or have shape \[4\], got \[3\]"),
         (dict(b=torch.zeros(2, 3)), ValueError, r"b must have shape \[2, 4\], got \[2, 3\]"),
         (dict(b=torch.zeros(2, 4, device="meta")), ValueError, "b must be on the device of x, cpu, got meta"),
+        (dict(row_weights=torch.zeros(3)), ValueError, r"row_weights must be None or floats of shape \[2\], got .*\[3\]"),
+        (dict(row_weights=torch.ones(2, dtype=torch.bool)), ValueError, "row_weights must be None or floats.*bool"),
         (dict(reduction="none"), ValueError, r"reduction must be one of \('mean', 'sum'\), got 'none'"),
         (dict(family="normal"), ValueError, "family must be one of"),
         (dict(family="categorical:3"), ValueError, "b must have .*group_size 3, got 4"),

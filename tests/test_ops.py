@@ -317,8 +317,8 @@ def raw_calls(op, wanted):
             yield features, weight, None, SOFT, 0.0, "sum", -100, wanted, not wanted, False
     elif op == "linear_agreement":
         b = torch.randn(7, 4)
-        yield x, weight, bias, b, "bernoulli", 0, "mean", wanted, wanted
-        yield transposed, weight, None, b, "categorical", 2, "sum", wanted, not wanted
+        yield x, weight, bias, b, None, "bernoulli", 0, "mean", wanted, wanted
+        yield transposed, weight, None, b.bfloat16(), torch.rand(7), "categorical", 2, "sum", wanted, not wanted
     elif op == "similarity_matching":
         yield x, LABELS, -100, wanted
         yield transposed, SOFT, -100, wanted

@@ -114,19 +114,22 @@ def test_gram_error(target, dtype, architecture):
 
 
 @pytest.mark.parametrize(
-    "family, size, aligned, dtype, architecture",
+    "family, size, aligned, message, dtype, architecture",
     (
-        *(("bernoulli", 1, True, *variant) for variant in triton_aot.VARIANTS),
-        *(("bernoulli", 1, False, dtype, 90) for dtype in ("fp32", "bf16")),
-        ("poisson", 1, True, "bf16", 90),
-        ("categorical", 16, True, "bf16", 90),
+        *(("bernoulli", 1, True, variant[0], *variant) for variant in triton_aot.VARIANTS),
+        *(("bernoulli", 1, False, dtype, dtype, 90) for dtype in ("fp32", "bf16")),
+        ("bernoulli", 1, True, "fp32", "bf16", 90),
+        ("poisson", 1, True, "fp32", "bf16", 90),
+        ("categorical", 16, True, "fp32", "bf16", 90),
     ),
 )
-def test_linear_agreement(family, size, aligned, dtype, architecture):
-    """Matrix products of half precision are wgmma on Hopper."""
+def test_linear_agreement(family, size, aligned, message, dtype, architecture):
+    """Matrix products of half precision are wgmma on Hopper; messages may be in float32 whatever they meet."""
     tile = importlib.import_module("bllkern.backends.triton.linear_agreement").tile
     names = ("x_ptr", "weight_ptr", "bias_ptr", "b_ptr", "z_ptr", "grad_z_ptr", "grad_b_ptr")
-    types = dict.fromkeys(names, f"*{dtype}") | {"loss_ptr": "*fp32", "rows": "i32", "scale": "fp32"}
+    types = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(("loss_ptr", "row_weights_ptr"), "*fp32")
+    types |= {"rows": "i32", "scale": "fp32"}
+    types |= dict.fromkeys(("b_ptr", "grad_b_ptr"), f"*{message}")
     sizes = dict.fromkeys(("width", "inner"), 1024 if aligned else 1023)
     shape, warps = tile(4096, *sizes.values(), torch.float32 if dtype == "fp32" else torch.bfloat16)
     constants = {"FAMILY": family, "SIZE": size, "BAND": 8} | dict(zip(("ROWS", "COLS", "INNER"), shape, strict=True))

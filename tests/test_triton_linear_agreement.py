@@ -21,7 +21,7 @@ def random(*shape, seed=0, scale=1.0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def arguments(sizes, family, group_size=0, reduction="mean", bias=True, wanted=(True, True)):
+def arguments(sizes, family, group_size=0, reduction="mean", bias=True, wanted=(True, True), row_weights=None):
     rows, width, inner = sizes
     weight = random(width, inner, seed=1) / max(inner, 1) ** 0.5
     b = families.get(family).natural(random(rows, width, seed=3))
@@ -29,7 +29,7 @@ def arguments(sizes, family, group_size=0, reduction="mean", bias=True, wanted=(
     if family == "gaussian_learned":  # as a layer must be for its second half to be negative
         weight[width // 2 :] = 0
         bias[width // 2 :] = -bias[width // 2 :].abs() - 0.1
-    return [random(rows, inner), weight, bias, b, family, group_size, reduction, *wanted]
+    return [random(rows, inner), weight, bias, b, row_weights, family, group_size, reduction, *wanted]
 
 
 def double(args):
@@ -81,6 +81,25 @@ def test_gaussian_learned():
 @pytest.mark.parametrize("family", FUSED)
 def test_without_bias(family):
     compare(arguments((9, 7, 5), family, bias=False))
+
+
+@pytest.mark.parametrize(
+    "family, size", (*((family, 0) for family in (*FUSED, "categorical", "gaussian_learned")), ("categorical", 4))
+)
+def test_row_weights(family, size):
+    weights = random(70, seed=4)
+    weights[::5] = 0
+    for reduction in ("mean", "sum"):
+        compare(arguments((70, 24, 5), family, size, reduction, row_weights=weights))
+
+
+@pytest.mark.parametrize("family", (*FUSED, "categorical", "gaussian_learned"))
+def test_messages_keep_their_dtype(family):
+    args = arguments((9, 24, 5), family, row_weights=random(9, seed=4))
+    args[:3] = (x.bfloat16() for x in args[:3])
+    got, expected = triton_worker.run("linear_agreement", *args), reference.linear_agreement(*double(args))
+    assert [x.dtype for x in got] == [torch.bfloat16, torch.float32, torch.bfloat16, torch.float32]
+    assert all(relative_error(x, y) <= 1e-2 for x, y in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("wanted", ((False, False), (True, False), (False, True)))

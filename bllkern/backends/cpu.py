@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import _native
+from .reference import weighted_agreement
 
 agreement = _native.agreement
 evidence_cross_entropy = _native.evidence_cross_entropy
@@ -16,10 +17,10 @@ prototypes = _native.prototypes
 prototypes_gradient = _native.prototypes_gradient
 
 
-def linear_agreement(x, weight, bias, b, *settings):
+def linear_agreement(x, weight, bias, b, row_weights, *settings):
     """One pass over z, which the matrix product has left in the cache as far as it fits."""
     z = F.linear(x, weight, bias)
-    return z, *agreement(z, b, *settings)
+    return z, *weighted_agreement(agreement, z, b, row_weights, *settings)
 
 
 def unavailable(op: str, device_type: str, dtype: torch.dtype) -> str | None:

@@ -119,10 +119,25 @@ def linear_cross_entropy(
     )
 
 
-def linear_agreement(x, weight, bias, b, family, group_size, reduction, grad_z, grad_b):
+def weighted_agreement(agreement, a, b, weights, family, group_size, reduction, grad_a, grad_b):
+    """``agreement`` of a and b [N, D], of whichever dtypes, where the loss of row n counts ``weights[n]`` times."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    x, y = a.to(dtype), b.to(dtype)
+    if weights is None:
+        loss, by_a, by_b = agreement(x, y, family, group_size, reduction, grad_a, grad_b)
+    else:
+        losses, by_a, by_b = agreement(x, y, family, group_size, "none", grad_a, grad_b)
+        weights = weights * _mean_or_sum(len(a), reduction)
+        loss = (losses * weights).sum()
+        by_a, by_b = (None if g is None else g.mul_(weights[:, None]) for g in (by_a, by_b))
+    return loss, None if by_a is None else by_a.to(a.dtype), None if by_b is None else by_b.to(b.dtype)
+
+
+def linear_agreement(x, weight, bias, b, row_weights, family, group_size, reduction, grad_z, grad_b):
     """``agreement`` of ``z = x @ weight.T + bias`` and ``b``, and z itself."""
     z = F.linear(_full(x), _full(weight), None if bias is None else _full(bias))
-    loss, by_z, by_b = agreement(z, _full(b), family, group_size, reduction, grad_z, grad_b)
+    settings = (family, group_size, reduction, grad_z, grad_b)
+    loss, by_z, by_b = weighted_agreement(agreement, z, _full(b), row_weights, *settings)
     return (
         z.to(x.dtype),
         loss,

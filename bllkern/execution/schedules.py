@@ -103,7 +103,8 @@ def discover(boundary: Boundary, z: Tensor, owners: dict[int, Boundary]) -> None
     """
     if boundary.block_parameters is not None:
         return
-    found = leaves(z)
+    own = {id(p) for p in boundary.parameters()}  # the message that was there before the activation may be in its graph
+    found = [p for p in leaves(z) if id(p) not in own]
     for parameter in found if boundary.options.isolate else ():
         owner = owners.setdefault(id(parameter), boundary)
         if owner is not boundary:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .bll import BLL
 
 TERMS = ("agreement", "evidence", "prediction", "similarity", "decorrelation", "denoising")
+_NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class LocalLoss(nn.Module):
@@ -56,12 +58,45 @@ class LocalLoss(nn.Module):
             self.log_prior.data = self.log_prior.data.to(features)
         self._sized = True
 
-    def forward(self, z: Tensor, target: Targets, rerun: Callable[[float], Tensor]) -> dict[str, Tensor]:
-        """Weighted terms of activation ``z``; ``rerun(std)`` computes ``z`` again from a noisy input."""
+    def forward(
+        self, z: Tensor, target: Targets, rerun: Callable[[float], Tensor], known: Mapping[str, Tensor] = _NOTHING
+    ) -> dict[str, Tensor]:
+        """Weighted terms of activation ``z``; ``rerun(std)`` computes ``z`` again from a noisy input.
+
+        ``known`` are terms that came with ``z`` (:meth:`linear`).
+        """
         if not self._sized:
             self.initialize(z)
         batch = self._batch(z, target, rerun)
-        return {name: getattr(self.recipe, name) * getattr(batch, name)() for name in self.terms}
+        return {
+            name: getattr(self.recipe, name) * (known[name] if name in known else getattr(batch, name)())
+            for name in self.terms
+        }
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, target: Targets
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """``F.linear(x, weight, bias)`` and the terms that the end of that matrix product yields: the agreement.
+
+        Messages do not depend on the activation once they have their size, so they can be there before it.  No term is
+        known where features are not the rows of the activation: the first time, for tokens that are averaged, and for
+        families that make natural parameters of activations.
+        """
+        identity = type(self.family).natural is families.Family.natural
+        if "agreement" not in self.terms or not self._sized or not identity or x.dim() not in (2, 3):
+            return F.linear(x, weight, bias), {}
+        y, x_rows = self._matched(x, target), x.flatten(0, -2)
+        if len(y) != len(x_rows):
+            return F.linear(x, weight, bias), {}
+        batch = Batch(self, x, x_rows, y, self._kind, target.ignore_index, None)
+        if torch.is_autocast_enabled(x.device.type):
+            x_rows, weight, bias = _cast(torch.get_autocast_dtype(x.device.type), x_rows, weight, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            message, weights = batch.message(), batch.row_weights()
+            z, loss = functional.linear_agreement(
+                x_rows, weight, bias, message, self.family, "mean" if weights is None else "sum", weights
+            )
+        return z.view(*x.shape[:-1], -1), {"agreement": loss}
 
     def posterior(self, z: Tensor, target: Targets) -> Tensor:
         """Natural parameters ``a + b`` of the posterior, shaped as ``z``: what the next block reads (bootstrapping)."""
@@ -95,6 +130,11 @@ class LocalLoss(nn.Module):
         return y
 
 
+def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """As autocast does for a matrix product: all but float64 in ``dtype``."""
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
 class Batch:
     """One batch at one boundary: features [N, D] with their targets, and every term that can score them."""
 
@@ -113,11 +153,17 @@ class Batch:
     def agreement(self) -> Tensor:
         """Free energy of forward and backward message, per sample that counts (BLL)."""
         a, b = self.family.natural(self.features), self.message()
-        if self.kind == "classes":
-            counted = (self.y != self.ignore_index).to(a)
-            free_energy = functional.agreement(a, b, self.family, "none")
-            return (free_energy * counted).sum() / counted.sum().clamp(min=1)
-        return functional.agreement(a, b, self.family)
+        weights = self.row_weights()
+        if weights is None:
+            return functional.agreement(a, b, self.family)
+        return (functional.agreement(a, b, self.family, "none") * weights).sum()
+
+    def row_weights(self) -> Tensor | None:
+        """What each row counts in a mean over those without ``ignore_index``; ``None`` where all rows count."""
+        if self.kind != "classes":
+            return None
+        counted = (self.y != self.ignore_index).to(torch.promote_types(self.features.dtype, torch.float32))
+        return counted / counted.sum().clamp(min=1)
 
     def evidence(self) -> Tensor:
         """Class-normalised prediction from the log evidence of every class (BLL).

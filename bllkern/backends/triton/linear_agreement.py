@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from . import families
+from ..reference import weighted_agreement
 from ._launch import on_device_of
 from .agreement import agreement
 
@@ -53,6 +54,7 @@ def _finish(
     across,
     bias_ptr,
     b_ptr,
+    row_weights_ptr,
     z_ptr,
     grad_z_ptr,
     grad_b_ptr,
@@ -73,11 +75,14 @@ def _finish(
     b = tl.load(b_ptr + start + offset, mask=mask, other=0.0).to(tl.float32)
     tl.store(z_ptr + start + offset, z, mask=mask)
     losses, by_z, by_b = _agreement(z, b, FAMILY, SIZE, ROWS, COLS)
+    factor = tl.zeros([ROWS], tl.float32) + scale
+    if row_weights_ptr is not None:
+        factor *= tl.load(row_weights_ptr + down + row, mask=row < rows - down, other=0.0)
     if grad_z_ptr is not None:
-        tl.store(grad_z_ptr + start + offset, by_z * scale, mask=mask)
+        tl.store(grad_z_ptr + start + offset, by_z * factor[:, None], mask=mask)
     if grad_b_ptr is not None:
-        tl.store(grad_b_ptr + start + offset, by_b * scale, mask=mask)
-    return tl.sum(tl.sum(tl.where(mask, losses, 0.0), 1), 0) * scale
+        tl.store(grad_b_ptr + start + offset, by_b * factor[:, None], mask=mask)
+    return tl.sum(tl.sum(tl.where(mask, losses, 0.0), 1) * factor, 0)
 
 
 @triton.jit
@@ -86,6 +91,7 @@ def _linear_agreement(
     weight_ptr,  # [width, inner]
     bias_ptr,  # [width], or None
     b_ptr,  # [rows, width]
+    row_weights_ptr,  # [rows] float32, or None
     z_ptr,  # [rows, width]
     loss_ptr,  # [programs]
     grad_z_ptr,  # [rows, width], or None
@@ -126,20 +132,24 @@ def _linear_agreement(
     z_0, z_1 = _halves(left, ROWS, COLS // 2)
     z_2, z_3 = _halves(right, ROWS, COLS // 2)
     loss = _finish(
-        z_0, down, across, bias_ptr, b_ptr, z_ptr, grad_z_ptr, grad_b_ptr, rows, width, scale, FAMILY, SIZE, ROWS, PART
-    )
+        z_0, down, across, bias_ptr, b_ptr, row_weights_ptr, z_ptr, grad_z_ptr, grad_b_ptr, rows, width, scale,
+        FAMILY, SIZE, ROWS, PART,
+    )  # fmt: skip
     across += PART
     loss += _finish(
-        z_1, down, across, bias_ptr, b_ptr, z_ptr, grad_z_ptr, grad_b_ptr, rows, width, scale, FAMILY, SIZE, ROWS, PART
-    )
+        z_1, down, across, bias_ptr, b_ptr, row_weights_ptr, z_ptr, grad_z_ptr, grad_b_ptr, rows, width, scale,
+        FAMILY, SIZE, ROWS, PART,
+    )  # fmt: skip
     across += PART
     loss += _finish(
-        z_2, down, across, bias_ptr, b_ptr, z_ptr, grad_z_ptr, grad_b_ptr, rows, width, scale, FAMILY, SIZE, ROWS, PART
-    )
+        z_2, down, across, bias_ptr, b_ptr, row_weights_ptr, z_ptr, grad_z_ptr, grad_b_ptr, rows, width, scale,
+        FAMILY, SIZE, ROWS, PART,
+    )  # fmt: skip
     across += PART
     loss += _finish(
-        z_3, down, across, bias_ptr, b_ptr, z_ptr, grad_z_ptr, grad_b_ptr, rows, width, scale, FAMILY, SIZE, ROWS, PART
-    )
+        z_3, down, across, bias_ptr, b_ptr, row_weights_ptr, z_ptr, grad_z_ptr, grad_b_ptr, rows, width, scale,
+        FAMILY, SIZE, ROWS, PART,
+    )  # fmt: skip
     tl.store(loss_ptr + program, loss)
 
 
@@ -155,7 +165,7 @@ def tile(rows: int, width: int, inner: int, dtype: torch.dtype) -> tuple[tuple[i
     return ((128, 128, 64), 8) if tiles >= FILLED and width % 16 == inner % 16 == 0 else ((64, 64, 64), 4)
 
 
-def linear_agreement(x, weight, bias, b, family, group_size, reduction, grad_z, grad_b):
+def linear_agreement(x, weight, bias, b, row_weights, family, group_size, reduction, grad_z, grad_b):
     """See ``bllkern/_ops.py``; the loss is a sum over one float32 partial of each program.
 
     A matrix product and ``agreement`` one after the other where units do not lie within a part of a tile: categorical
@@ -165,16 +175,17 @@ def linear_agreement(x, weight, bias, b, family, group_size, reduction, grad_z, 
     shape, warps = tile(rows, width, inner, x.dtype)
     if b.numel() == 0 or family == "gaussian_learned" or (family == "categorical" and shape[1] // 4 % size):
         z = F.linear(x, weight, bias)
-        return z, *agreement(z, b, family, group_size, reduction, grad_z, grad_b)
+        settings = (family, group_size, reduction, grad_z, grad_b)
+        return z, *weighted_agreement(agreement, z, b, row_weights, *settings)
     x, weight, b = x.contiguous(), weight.contiguous(), b.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    bias, row_weights = (None if t is None else t.contiguous() for t in (bias, row_weights))
     programs = triton.cdiv(rows, shape[0]) * triton.cdiv(width, shape[1])
-    z, loss = torch.empty_like(b), x.new_empty(programs, dtype=torch.float32)
-    by_z, by_b = torch.empty_like(b) if grad_z else None, torch.empty_like(b) if grad_b else None
+    z, loss = x.new_empty(b.shape), x.new_empty(programs, dtype=torch.float32)
+    by_z, by_b = torch.empty_like(z) if grad_z else None, torch.empty_like(b) if grad_b else None
     scale = 1 / rows if reduction == "mean" else 1.0
     with on_device_of(x):
         _linear_agreement[(programs,)](
-            x, weight, bias, b, z, loss, by_z, by_b, rows, width, inner, scale, family, size, BAND, *shape,
-            num_warps=warps,
+            x, weight, bias, b, row_weights, z, loss, by_z, by_b, rows, width, inner, scale, family, size, BAND,
+            *shape, num_warps=warps,
         )  # fmt: skip
     return z, loss.sum(), by_z, by_b
