@@ -115,7 +115,7 @@ def _is_float(x) -> bool:
 
 
 def first_tensor(output) -> Tensor:
-    """The activation in what a module returned: the output itself, or its first entry (tuple, list, dict, dataclass)."""
+    """The activation in what a module returned: the output itself, or the first entry of a tuple, dict or dataclass."""
     if isinstance(output, Mapping):
         return next(iter(output.values()))
     if dataclasses.is_dataclass(output):
@@ -140,9 +140,9 @@ def _with_first(output, z: Tensor):
 class BlockLocal(nn.Module):
     """Any module as one block: ``module`` followed by a boundary, ``local``.
 
-    Where the module returns a tuple, list, dict or dataclass, its first entry is the activation.  Attributes, items and length are those of
-    ``module``; a checkpoint of the plain module loads.  Arguments are those of :class:`Boundary`; ``example``, an input
-    of the module, sizes heads and feedback now instead of at the first call.
+    Where the module returns a tuple, list, dict or dataclass, its first entry is the activation.  Attributes, items and
+    length are those of ``module``; a checkpoint of the plain module loads.  Arguments are those of :class:`Boundary`;
+    ``example``, an input of the module, sizes heads and feedback now instead of at the first call.
     """
 
     def __init__(

@@ -86,10 +86,9 @@ class Unit:
 
     names: list[str]
     flops: int = 0
-    saved: dict[int, int] = field(
-        default_factory=dict
-    )  # bytes of every storage kept for the backward pass, by identity
+    saved: dict[int, int] = field(default_factory=dict)  # bytes of each storage kept for the backward pass
     gradients: int = 0  # bytes of the gradients of its parameters
+    output: int = 0  # bytes of its activation
 
     def join(self, after: Unit) -> Unit:
         return Unit(
@@ -97,6 +96,7 @@ class Unit:
             self.flops + after.flops,
             self.saved | after.saved,
             self.gradients + after.gradients,
+            max(self.output, after.output),
         )
 
 
@@ -105,8 +105,9 @@ class _Trace:
 
     def __init__(self, net: nn.Module, units: list[list[str]], inputs: tuple):
         self.units = [Unit(names) for names in units]
-        self._outside = {_storage(t) for t in (*net.parameters(), *net.buffers(), *_tensors(inputs))}
-        self._kept: list[Tensor] = []  # alive until the end, so that no two storages have one address
+        outside = (*net.parameters(), *net.buffers(), *_tensors(inputs))
+        self._outside = {_storage(tensor) for tensor in outside if not nn.parameter.is_lazy(tensor)}
+        self._kept: list[Tensor] = []  # alive until the end, so that no two storages have one identity
         self._ends: list[Node | None] = [None] * len(units)
         self._now, self._flops = 0, 0
         self._counter = FlopCounterMode(display=False)
@@ -121,8 +122,8 @@ class _Trace:
                 hook.remove()
         self._sinks = [t.grad_fn for t in _tensors(output) if t.grad_fn is not None]
         for unit in self.units:
-            parameters = {p for name in unit.names for p in net.get_submodule(name).parameters() if p.requires_grad}
-            unit.gradients = sum(p.nbytes for p in parameters)
+            parameters = {p for name in unit.names for p in net.get_submodule(name).parameters()}
+            unit.gradients = sum(p.nbytes for p in parameters if p.requires_grad)
 
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = _storage(tensor)
@@ -134,19 +135,18 @@ class _Trace:
     def _end(self, i: int, module, args, output) -> None:
         flops = self._counter.get_total_flops()
         self.units[i].flops, self._flops = flops - self._flops, flops
-        self._ends[i] = getattr(first_tensor(output), "grad_fn", None)
+        z = first_tensor(output)
+        self._ends[i], self.units[i].output = getattr(z, "grad_fn", None), getattr(z, "nbytes", 0)
         self._now = min(i + 1, len(self.units) - 1)
 
     def whole(self) -> list[Unit]:
         """The units, joined where a cut between them would lie inside a path that skips it."""
         joined: list[Unit] = []
-        open_unit: Unit | None = None
+        ended = True  # where the last of ``joined`` can be cut off
         for unit, end in zip(self.units, self._ends, strict=True):
-            open_unit = unit if open_unit is None else open_unit.join(unit)
-            if end is not None and not leaves([end]).keys() & leaves(self._sinks, without=end).keys():
-                joined.append(open_unit)
-                open_unit = None
-        return joined if open_unit is None else [*joined[:-1], joined[-1].join(open_unit)] if joined else [open_unit]
+            joined[-1:] = [*joined[-1:], unit] if ended else [joined[-1].join(unit)]
+            ended = end is not None and not leaves([end]).keys() & leaves(self._sinks, without=end).keys()
+        return joined
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -189,15 +189,17 @@ def _peak_memory(units: Sequence[Unit]) -> float:
     """Bytes that a block of these units takes at most while it learns (schedule ``"immediate"``).
 
     The backward pass goes from the last unit to the first; what earlier units keep is there still, and so are the
-    gradients of later ones.
+    gradients of later ones.  Three gradients of the size of a unit's activation are in flight: by its output,
+    by its input, and one between (torch's batch norm on the CPU allocates it twice).
     """
     peak, gradients = 0, 0
     for count in range(len(units), 0, -1):
-        gradients += units[count - 1].gradients
+        unit = units[count - 1]
+        gradients += unit.gradients
         kept: dict[int, int] = {}
-        for unit in units[:count]:
-            kept |= unit.saved
-        peak = max(peak, sum(kept.values()) + gradients)
+        for earlier in units[:count]:
+            kept |= earlier.saved
+        peak = max(peak, sum(kept.values()) + gradients + 3 * unit.output)
     return peak
 
 

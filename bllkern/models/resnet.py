@@ -1,7 +1,7 @@
 """Residual networks (He et al., arXiv 1512.03385).
 
-Modules are named as torchvision names them (``conv1``, ``bn1``, ``layer1`` .., ``fc``).  Images of at least 112 pixels a
-side get the stem of the ImageNet networks, and a checkpoint of torchvision's network loads; smaller ones that of the
+Modules are named as torchvision names them (``conv1``, ``bn1``, ``layer1`` .., ``fc``).  Images of 112 pixels a side
+or more get the stem of the ImageNet networks, and a checkpoint of torchvision's network loads; smaller ones that of the
 CIFAR networks, a 3x3 convolution without pooling.  The original CIFAR networks have three stages of 16, 32 and 64
 channels; where a stage strides, its shortcut is a convolution (option B there).
 """
