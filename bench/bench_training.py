@@ -6,6 +6,7 @@ allocator in a step (beyond what the step began with), and both as ratios to bac
 """
 
 import time
+from functools import partial
 from statistics import median
 
 import pytest
@@ -16,49 +17,69 @@ from torch.utils.checkpoint import checkpoint
 
 import bllkern
 from bllkern import models
+from bllkern.models.resnet import BasicBlock, ResNet
 
 from common import DEVICES, device_clock, peak_memory
 
-ROUNDS = 5
-LOCAL = {"bwbpf": "immediate", "bll": "immediate", "predsim": "immediate"}
-CASES = {  # network, blocks (names or number), batch
+ROUNDS = 7
+OBJECTIVES, SCHEDULES = ("bwbpf", "bll", "predsim"), ("immediate", "eager")
+STAGES = models.default_cuts("resnet50")
+CASES = {  # network, cuts (names, or a number and what to balance), batch
     "convnet": ("convnet", models.default_cuts("convnet"), 100),
-    "resnet50-stages": ("resnet50", models.default_cuts("resnet50"), 32),
-    "resnet32-16-blocks": ("resnet32", 16, 64),
+    "resnet50-stages": ("resnet50", STAGES, 32),
+    "resnet50-4-blocks-memory": ("resnet50", (4, "memory"), 32),
+    "resnet32-16-blocks": ("resnet32", (16, "flops"), 64),
+    "resnet110-16-blocks": ("resnet110", (16, "flops"), 64),
+    "stack-16": ("stack16", [f"layer1.{i}" for i in range(16)], 16),
 }
 
 
-class Checkpointed(nn.Module):
-    """A stage whose activations are computed again in the backward pass."""
+def build(name):
+    """The network ``name`` for images of CIFAR's size; ``stackN`` has N residual units of 32 channels in a row."""
+    if name.startswith("stack"):
+        return ResNet(BasicBlock, (int(name.removeprefix("stack")),), 10, (3, 32, 32), planes=32)
+    return models.build(name, 10, (3, 32, 32))
 
-    def __init__(self, stage: nn.Module):
+
+class Checkpointed(nn.Module):
+    """Layers whose activations are computed again in the backward pass."""
+
+    def __init__(self, *layers: nn.Module):
         super().__init__()
-        self.stage = stage
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x):
-        return checkpoint(self.stage, x, use_reentrant=False)
+        return checkpoint(self.layers, x, use_reentrant=False)
+
+
+def checkpointed(net, cuts):
+    """``net`` with a checkpoint around each block that ``cuts`` end; blocks that span stages are cut there too."""
+    for name, stage in net.named_children():
+        if f"{name}" in cuts and any(True for _ in stage.parameters()):
+            setattr(net, name, Checkpointed(stage))
+        elif isinstance(stage, nn.Sequential):
+            ends = [i + 1 for i in range(len(stage)) if f"{name}.{i}" in cuts]
+            segments = [Checkpointed(*stage[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+            setattr(net, name, nn.Sequential(*segments, *stage[ends[-1] if ends else 0 :]))
+    return net
 
 
 def variants(name, cuts, example):
-    """A fresh network for each variant, with what steps it."""
-    plain = models.build(name, 10, (3, 32, 32)).to(example.device)
-    names = bllkern.cuts.even(plain, cuts, (example,)) if isinstance(cuts, int) else cuts
-    for variant in ("backprop", "checkpointing", *LOCAL):
-        net = models.build(name, 10, (3, 32, 32)).to(example.device)
-        if variant == "checkpointing":
-            for cut in names:
-                parent, _, last = cut.rpartition(".")
-                if any(True for _ in net.get_submodule(cut).parameters()):
-                    setattr(net.get_submodule(parent), last, Checkpointed(net.get_submodule(cut)))
-        elif variant in LOCAL:
-            net = bllkern.convert(net, names, 10, variant, LOCAL[variant], example=example)
-        yield variant, net
+    """A fresh network for each variant."""
+    names = cuts
+    if isinstance(cuts, tuple):
+        names = bllkern.cuts.even(build(name).to(example.device), cuts[0], (example,), cuts[1])
+    yield "backprop", build(name).to(example.device)
+    yield "checkpointing", checkpointed(build(name).to(example.device), names)
+    for objective in OBJECTIVES:
+        for schedule in SCHEDULES:
+            net = build(name).to(example.device)
+            converted = bllkern.convert(net, names, 10, objective, schedule, example=example[:2])
+            yield objective if schedule == "immediate" else f"{objective} {schedule}", converted
 
 
 def training_step(net, x, y):
-    def sgd(parameters):
-        return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
-
+    sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
     local = bool(bllkern.network.boundaries(net))
     optimizer = bllkern.optimizers(net, sgd) if local else sgd(net.parameters())
 
@@ -72,19 +93,26 @@ def training_step(net, x, y):
     return step
 
 
+def batch(size, device):
+    return torch.randn(size, 3, 32, 32, device=device), torch.randint(0, 10, (size,), device=device)
+
+
+def peak_of_step(step, device):
+    """The peak of a step once everything that lives longer than a step is there."""
+    step()
+    return peak_memory(step, device)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES)
 def test_training(benchmark, case, device):
     torch.manual_seed(0)
-    name, cuts, batch = CASES[case]
-    x, y = torch.randn(batch, 3, 32, 32, device=device), torch.randint(0, 10, (batch,), device=device)
-    steps = {variant: training_step(net, x, y) for variant, net in variants(name, cuts, x[:2])}
+    name, cuts, size = CASES[case]
+    x, y = batch(size, device)
+    steps = {variant: training_step(net, x, y) for variant, net in variants(name, cuts, x)}
+    peaks = {variant: peak_of_step(step, device) for variant, step in steps.items()}
     times = {variant: [] for variant in steps}
     now = device_clock() if device == "cuda" else time.perf_counter
-    peaks = {}
-    for variant, step in steps.items():
-        step()
-        peaks[variant] = peak_memory(step, device)
 
     def round_of_all():
         for variant, step in steps.items():
@@ -92,7 +120,7 @@ def test_training(benchmark, case, device):
             step()
             times[variant].append(now() - start)
 
-    benchmark.group = f"training {case} batch {batch} {device}"
+    benchmark.group = f"training {case} batch {size} {device}"
     benchmark.pedantic(round_of_all, rounds=ROUNDS, iterations=1)
     base = median(times["backprop"]), peaks["backprop"]
     benchmark.extra_info["variants"] = {

@@ -7,7 +7,9 @@ knows what lies between two boundaries, so branches, stems and arbitrary forward
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -124,16 +126,34 @@ def _is_float(x) -> bool:
 
 
 def first_tensor(output) -> Tensor:
-    """The activation in what a module returned: the output itself or the first entry of a tuple or list."""
+    """The activation in what a module returned: the output itself, or the first entry of a tuple, dict or dataclass."""
+    if isinstance(output, Mapping):
+        return next(iter(output.values()))
+    if dataclasses.is_dataclass(output):
+        return getattr(output, dataclasses.fields(output)[0].name)
     return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def _with_first(output, z: Tensor):
+    """``output`` with ``z`` in the place of :func:`first_tensor`; what the module returned stays as it is."""
+    if isinstance(output, Mapping):
+        changed = copy.copy(output)
+        changed[next(iter(output))] = z
+        return changed
+    if dataclasses.is_dataclass(output):
+        return dataclasses.replace(output, **{dataclasses.fields(output)[0].name: z})
+    if isinstance(output, (tuple, list)):
+        entries = (z, *output[1:])
+        return type(output)(*entries) if hasattr(output, "_fields") else type(output)(entries)
+    return z
 
 
 class BlockLocal(nn.Module):
     """Any module as one block: ``module`` followed by a boundary, ``local``.
 
-    Where the module returns a tuple, its first entry is the activation.  Attributes, items and length are those of
-    ``module``; a checkpoint of the plain module loads.  Arguments are those of :class:`Boundary`; ``example``, an input
-    of the module, sizes heads and feedback now instead of at the first call.
+    Where the module returns a tuple, list, dict or dataclass, its first entry is the activation.  Attributes, items and
+    length are those of ``module``; a checkpoint of the plain module loads.  Arguments are those of :class:`Boundary`;
+    ``example``, an input of the module, sizes heads and feedback now instead of at the first call.
     """
 
     def __init__(
@@ -156,7 +176,7 @@ class BlockLocal(nn.Module):
     def forward(self, *args, **kwargs):
         output = self.module(*args, **kwargs)
         z = self.local(first_tensor(output), self.module, args, kwargs)
-        return type(output)((z, *output[1:])) if type(output) in (tuple, list) else z
+        return _with_first(output, z)
 
     def plain(self) -> nn.Module:
         """The module without its boundary."""

@@ -27,26 +27,31 @@ def convert(
     objective="bll",
     schedule: str | None = None,
     example: Tensor | tuple | None = None,
+    balance: str = "flops",
 ) -> nn.Module:
     """A block-local network with the parameters of ``net``, cut after the named modules.
 
     Args:
         net: any network; it stays as it is, and shares parameters and buffers with what is returned.
         cuts: names of modules (as in ``net.named_modules()``) after which a block ends, or the number of blocks, which
-            then have similar cost (measured on ``example`` if given, else by counting layers).  What follows the last
-            cut is the output block; it learns from the global loss.
+            then have similar cost: that of ``balance``, measured on ``example`` if given, else the number of layers.
+            With an example no cut is put where a path skips it.  What follows the last cut is the output block; it
+            learns from the global loss.
         target_features: number of classes, or of dimensions of real targets.
         objective: a name or a :class:`bllkern.objectives.Objective`.
         schedule: ``"eager"`` (default), ``"deferred"`` or ``"immediate"``.
         example: an input, or a tuple of positional inputs, that gives heads and feedback their size now.
+        balance: with a number of blocks, what to divide evenly: ``"flops"``, the floating-point operations, or
+            ``"memory"``, the most bytes of activations and gradients that training holds at a time under schedule
+            ``"immediate"``; needs an ``example`` of the batch size to train with.
 
     Raises: ``ValueError`` for a cut that does not exist (with the nearest names), stands twice, or lies in a module
-    that the network uses in several places; for too many blocks.
+    that the network uses in several places; for too many blocks; for another ``balance``.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
     inputs = example if isinstance(example, tuple) else () if example is None else (example,)
-    names = cuts_module.even(net, cuts, inputs) if isinstance(cuts, int) else list(cuts)
+    names = cuts_module.even(net, cuts, inputs, balance) if isinstance(cuts, int) else list(cuts)
     _check_names(net, names)
 
     def end_block(name: str, module: nn.Module) -> nn.Module:

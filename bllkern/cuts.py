@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from .blocks import first_tensor
+from .execution.schedules import leaves
+from .execution.sizing import as_in_eval
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
 _NORM = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
@@ -70,48 +80,140 @@ def _has_parameters(net: nn.Module, names: list[str]) -> bool:
     return any(next(net.get_submodule(name).parameters(), None) is not None for name in names)
 
 
-def _costs(net: nn.Module, units: list[list[str]], inputs: tuple) -> list[float]:
-    """Floating-point operations of each group on ``inputs``, or 1 each without any."""
-    if not inputs:
-        return [1.0] * len(units)
-    counter = FlopCounterMode(display=False)
-    modes = {module: module.training for module in net.modules()}
-    net.eval()
-    with torch.no_grad(), counter:
-        net(*inputs)
-    for module, mode in modes.items():
-        module.training = mode
-    counts = counter.get_flop_counts()
-    root = type(net).__name__
-    return [float(sum(sum(counts.get(f"{root}.{name}", {}).values()) for name in unit)) for unit in units]
+@dataclass
+class Unit:
+    """What runs between one place where the network can be cut and the next, as a run on an example found it."""
+
+    names: list[str]
+    flops: int = 0
+    saved: dict[int, int] = field(default_factory=dict)  # bytes of each storage kept for the backward pass
+    gradients: int = 0  # bytes of the gradients of its parameters
+    output: int = 0  # bytes of its activation
+
+    def join(self, after: Unit) -> Unit:
+        return Unit(
+            self.names + after.names,
+            self.flops + after.flops,
+            self.saved | after.saved,
+            self.gradients + after.gradients,
+            max(self.output, after.output),
+        )
 
 
-def even(net: nn.Module, blocks: int, inputs: tuple = ()) -> list[str]:
-    """Cuts after which ``net`` falls into ``blocks`` blocks of similar cost.
+class _Trace:
+    """One forward pass of ``net``: what each unit computes and keeps, and where the network can be cut."""
 
-    Raises ``ValueError`` for fewer than 1 block or more than there are layers.
+    def __init__(self, net: nn.Module, units: list[list[str]], inputs: tuple):
+        self.units = [Unit(names) for names in units]
+        outside = (*net.parameters(), *net.buffers(), *_tensors(inputs))
+        self._outside = {_storage(tensor) for tensor in outside if not nn.parameter.is_lazy(tensor)}
+        self._kept: list[Tensor] = []  # alive until the end, so that no two storages have one identity
+        self._ends: list[Node | None] = [None] * len(units)
+        self._now, self._flops = 0, 0
+        self._counter = FlopCounterMode(display=False)
+        hooks = [
+            net.get_submodule(names[-1]).register_forward_hook(partial(self._end, i)) for i, names in enumerate(units)
+        ]
+        try:
+            with as_in_eval(net), torch.enable_grad(), saved_tensors_hooks(self._keep, _as_it_is), self._counter:
+                output = net(*inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._sinks = [t.grad_fn for t in _tensors(output) if t.grad_fn is not None]
+        for unit in self.units:
+            parameters = {p for name in unit.names for p in net.get_submodule(name).parameters()}
+            unit.gradients = sum(p.nbytes for p in parameters if p.requires_grad)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = _storage(tensor)
+        if storage not in self._outside:
+            self._kept.append(tensor)
+            self.units[self._now].saved[storage] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def _end(self, i: int, module, args, output) -> None:
+        flops = self._counter.get_total_flops()
+        self.units[i].flops, self._flops = flops - self._flops, flops
+        z = first_tensor(output)
+        self._ends[i], self.units[i].output = getattr(z, "grad_fn", None), getattr(z, "nbytes", 0)
+        self._now = min(i + 1, len(self.units) - 1)
+
+    def whole(self) -> list[Unit]:
+        """The units, joined where a cut between them would lie inside a path that skips it."""
+        joined: list[Unit] = []
+        ended = True  # where the last of ``joined`` can be cut off
+        for unit, end in zip(self.units, self._ends, strict=True):
+            joined[-1:] = [*joined[-1:], unit] if ended else [joined[-1].join(unit)]
+            ended = end is not None and not leaves([end]).keys() & leaves(self._sinks, without=end).keys()
+        return joined
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _tensors(output) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def even(net: nn.Module, blocks: int, inputs: tuple = (), balance: str = "flops") -> list[str]:
+    """Cuts after which ``net`` falls into ``blocks`` blocks of similar cost; see :func:`bllkern.convert`.
+
+    Raises ``ValueError`` for fewer than 1 block or more than there are layers, for another ``balance``, and for
+    ``"memory"`` without inputs to measure it on.
     """
-    units = groups(net)
+    if balance not in COSTS:
+        raise ValueError(f"balance must be one of {sorted(COSTS)}, got {balance!r}")
+    if balance == "memory" and not inputs:
+        raise ValueError("balance='memory' needs example=, an input of the batch size to train with")
+    units = [Unit(names, flops=1) for names in groups(net)]
+    if inputs:
+        units = _Trace(net, [unit.names for unit in units], inputs).whole()
     if isinstance(blocks, bool) or not 1 <= blocks <= len(units):
         raise ValueError(
             f"cuts: the number of blocks must be from 1 to {len(units)}, the layers in a row, got {blocks}"
         )
-    costs = _costs(net, units, inputs)
-    return [units[end - 1][-1] for end in _balanced(costs, blocks)]
+    return [units[end - 1].names[-1] for end in _balanced(units, blocks, COSTS[balance])]
 
 
-def _balanced(costs: list[float], blocks: int) -> list[int]:
+def _flops(units: Sequence[Unit]) -> float:
+    return sum(unit.flops for unit in units)
+
+
+def _peak_memory(units: Sequence[Unit]) -> float:
+    """Bytes that a block of these units takes at most while it learns (schedule ``"immediate"``).
+
+    The backward pass goes from the last unit to the first; what earlier units keep is there still, and so are the
+    gradients of later ones.  Three gradients of the size of a unit's activation are in flight: by its output,
+    by its input, and one between (torch's batch norm on the CPU allocates it twice).
+    """
+    peak, gradients = 0, 0
+    for count in range(len(units), 0, -1):
+        unit = units[count - 1]
+        gradients += unit.gradients
+        kept: dict[int, int] = {}
+        for earlier in units[:count]:
+            kept |= earlier.saved
+        peak = max(peak, sum(kept.values()) + gradients + 3 * unit.output)
+    return peak
+
+
+COSTS = {"flops": _flops, "memory": _peak_memory}
+
+
+def _balanced(units: list[Unit], blocks: int, cost: Callable[[Sequence[Unit]], float]) -> list[int]:
     """Ends of all blocks but the last that make the most expensive block cheapest (dynamic programming)."""
-    total = [0.0]
-    for cost in costs:
-        total.append(total[-1] + cost)
     best = {(0, 0): (0.0, [])}
-    for count in range(1, blocks + 1):
-        for end in range(count, len(costs) - (blocks - count) + 1):
-            options = (
-                (max(best[start, count - 1][0], total[end] - total[start]), best[start, count - 1][1] + [end])
-                for start in range(count - 1, end)
-                if (start, count - 1) in best
-            )
-            best[end, count] = min(options, key=lambda option: option[0])
-    return best[len(costs), blocks][1][:-1]
+    for start in range(len(units)):
+        for end in range(start + 1, len(units) + 1):
+            price = cost(units[start:end])
+            for count in range(blocks):
+                if (start, count) in best:
+                    option = max(best[start, count][0], price), [*best[start, count][1], end]
+                    best[end, count + 1] = min(best.get((end, count + 1), option), option, key=lambda o: o[0])
+    return best[len(units), blocks][1][:-1]

@@ -8,7 +8,6 @@ from torch import nn
 
 import bllkern
 import nets
-from bllkern import cuts
 
 
 @pytest.mark.parametrize("by", ["names", "number", "number and example"])
@@ -166,24 +165,6 @@ def test_bound_methods_and_hooks_follow_the_copy():
     with bllkern.targets(torch.tensor([0, 1])):
         converted(torch.randn(2, 6))
     assert calls == [True] and list(bllkern.local_losses(converted)) == ["0"]
-
-
-def test_trunk_opens_containers_but_not_residual_blocks():
-    net = nets.build("resnet")[0]
-    assert cuts.trunk(net) == ["conv1", "bn1", "relu", "layer1.0", "layer2.0", "layer2.1", "layer3.0", "avgpool", "fc"]
-    assert cuts.groups(net)[0] == ["conv1", "bn1", "relu"] and cuts.groups(net)[-2] == ["layer3.0", "avgpool"]
-    transformer = nets.build("transformer")[0]
-    assert cuts.trunk(transformer) == ["embedding", "layers.0", "layers.1", "layers.2", "norm", "head"]
-
-
-def test_blocks_of_similar_cost():
-    widths = [4, 64, 64, 4, 4, 4, 4]
-    layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in zip(widths, widths[1:], strict=False)]
-    net = nn.Sequential(*layers)
-    assert cuts.even(net, 2) == ["2.1"]
-    assert cuts.even(net, 3, (torch.randn(3, 4),)) == ["0.1", "1.1"]
-    assert cuts.even(net, 6) == ["0.1", "1.1", "2.1", "3.1", "4.1"]
-    assert cuts.even(net, 1) == []
 
 
 @pytest.mark.parametrize("feedback", ["direct", "chained"])

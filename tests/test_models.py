@@ -1,15 +1,28 @@
 """The networks of bllkern.models: shapes, names, cuts, and that gradients reach every parameter."""
 
+import hashlib
+
 import pytest
 import torch
 
 from bllkern import models
 
-IMAGE_MODELS = sorted(name for name, model in models.MODELS.items() if model.rank != 1)
+TOKEN_MODELS = ["gpt", "transformer"]
+TORCHVISION = {  # keys and shapes of torchvision 0.28: sha256 of the lines "key shape" of each state_dict, 16 digits of it
+    "resnet18": "66b04efc1dfd4b80",
+    "resnet34": "4aa3e2bbbdc5e2fd",
+    "resnet50": "614cd53ddf849669",
+    "resnet101": "593b3bde446ee903",
+    "resnet152": "9ce3831312550858",
+    "vgg11": "dc54d45fed4bc7b4",
+    "vgg13": "057b00c1243905f9",
+    "vgg16": "ae5d7d87f5e61a76",
+    "vgg19": "555ec1b35ce917df",
+}
 
 
 def _inputs(name, batch=2):
-    if name == "transformer":
+    if name in TOKEN_MODELS:
         return torch.randint(7, (batch, 6)), (6,)
     return torch.randn(batch, 3, 16, 16), (3, 16, 16)
 
@@ -19,7 +32,7 @@ def test_logits_gradients_and_cuts(name):
     x, in_shape = _inputs(name)
     net = models.build(name, 7, in_shape)
     logits = net(x)
-    assert logits.shape == ((2, 6, 7) if name == "transformer" else (2, 7))
+    assert logits.shape == ((2, 6, 7) if name in TOKEN_MODELS else (2, 7))
     logits.square().mean().backward()
     assert [n for n, p in net.named_parameters() if p.grad is None] == []
     names = [n for n, _ in net.named_modules()]
@@ -43,15 +56,27 @@ def test_number_of_parameters(name, parameters):
     assert sum(p.numel() for p in models.build(name, 10, (3, 32, 32)).parameters()) == parameters
 
 
-def test_resnet_names_are_those_of_torchvision():
-    keys = set(models.build("resnet18", 10, (3, 32, 32)).state_dict())
-    named = {"conv1.weight", "bn1.running_mean", "layer1.0.conv2.weight", "layer2.0.downsample.1.bias", "fc.bias"}
-    assert named <= keys
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_checkpoints_of_torchvision_fit(name):
+    with torch.device("meta"):
+        state = models.build(name, 1000, (3, 224, 224)).state_dict()
+    lines = "\n".join(f"{key} {list(value.shape)}" for key, value in state.items())
+    assert hashlib.sha256(lines.encode()).hexdigest()[:16] == TORCHVISION[name]
+    small = models.build(name, 10, (3, 32, 32)).state_dict()
+    assert [key for key in small if "classifier" not in key] == [key for key in state if "classifier" not in key]
 
 
-def test_causal_transformer_does_not_look_ahead():
-    net = models.build("transformer", 7, (6,)).eval()
-    x, _ = _inputs("transformer", 1)
+@pytest.mark.parametrize("name", ["resnet18", "vgg11"])
+def test_large_images(name):
+    with torch.device("meta"):
+        net = models.build(name, 10, (3, 224, 224))
+        assert net(torch.randn(2, 3, 224, 224)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", TOKEN_MODELS)
+def test_causal_transformer_does_not_look_ahead(name):
+    net = models.build(name, 7, (6,)).eval()
+    x, _ = _inputs(name, 1)
     changed = x.clone()
     changed[0, 4] = (changed[0, 4] + 1) % 7
     different = (net(x) != net(changed)).any(-1)[0]
@@ -66,7 +91,7 @@ def test_transformer_that_sees_everything():
     assert (net(x) != net(changed)).any(-1).all()
 
 
-@pytest.mark.parametrize("name", ["resnet34x", "", "MLP"])
+@pytest.mark.parametrize("name", ["resnet35", "", "MLP"])
 def test_unknown_name(name):
     with pytest.raises(ValueError, match="model must be one of .*convnet"):
         models.build(name, 10, (3, 32, 32))
@@ -79,15 +104,21 @@ def test_wrong_shapes():
         models.build("convnet", 10, (64,))
     with pytest.raises(ValueError, match=r"in_shape must have 1 dimensions for 'transformer'"):
         models.build("transformer", 10, (3, 32, 32))
-    with pytest.raises(ValueError, match="T <= 6"):
-        models.build("transformer", 7, (6,))(torch.zeros(1, 7, dtype=torch.int64))
+    for name in TOKEN_MODELS:
+        with pytest.raises(ValueError, match="T <= 6"):
+            models.build(name, 7, (6,))(torch.zeros(1, 7, dtype=torch.int64))
     with pytest.raises(ValueError, match="depth must be 6 n"):
         models.cifar_resnet(21, 10, (3, 32, 32))
-    with pytest.raises(ValueError, match="width must be a multiple of heads"):
-        models.transformer(7, (6,), width=65)
+    for build in (models.transformer, models.gpt):
+        with pytest.raises(ValueError, match="width must be a multiple of heads, got width 65 and heads 4"):
+            build(7, (6,), width=65)
+    with pytest.raises(ValueError, match="width must be a multiple of heads, got width 64 and heads 3"):
+        models.vit(7, (3, 8, 8), width=64)
+    with pytest.raises(ValueError, match=r"multiples of patch=4, got \[3, 8, 9\]"):
+        models.vit(7, (3, 8, 9))
 
 
-@pytest.mark.parametrize("name", IMAGE_MODELS)
+@pytest.mark.parametrize("name", ["mlp", "convnet", "vgg11", "resnet18", "resnet20", "vit"])
 def test_seed_decides_the_weights(name):
     def state():
         torch.manual_seed(3)

@@ -9,9 +9,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 if TYPE_CHECKING:
     from ..blocks import Boundary
@@ -104,7 +106,7 @@ def discover(boundary: Boundary, z: Tensor, owners: dict[int, Boundary]) -> None
     if boundary.block_parameters is not None:
         return
     own = {id(p) for p in boundary.parameters()}  # the message that was there before the activation may be in its graph
-    found = [p for p in leaves(z) if id(p) not in own]
+    found = [p for p in leaves([z.grad_fn]).values() if id(p) not in own]
     for parameter in found if boundary.options.isolate else ():
         owner = owners.setdefault(id(parameter), boundary)
         if owner is not boundary:
@@ -115,9 +117,12 @@ def discover(boundary: Boundary, z: Tensor, owners: dict[int, Boundary]) -> None
     boundary.block_parameters = found
 
 
-def leaves(z: Tensor) -> list[nn.Parameter]:
-    """The leaf tensors that the graph of ``z`` ends in, in a reproducible order."""
-    found, seen, stack = {}, set(), [z.grad_fn]
+def leaves(nodes: Iterable[Node | None], without: Node | None = None) -> dict[int, nn.Parameter]:
+    """The leaf tensors that the graph of ``nodes`` ends in, by identity, in a reproducible order.
+
+    ``without``: a node beyond which not to look.
+    """
+    found, seen, stack = {}, {without}, list(nodes)
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -126,4 +131,4 @@ def leaves(z: Tensor) -> list[nn.Parameter]:
         if hasattr(node, "variable"):
             found[id(node.variable)] = node.variable
         stack.extend(function for function, _ in reversed(node.next_functions))
-    return list(found.values())
+    return found

@@ -9,10 +9,12 @@ from functools import partial
 from torch import nn
 
 from .convnet import convnet
+from .gpt import GPT as gpt
 from .mlp import mlp
-from .resnet import cifar_resnet, resnet18, resnet50
+from .resnet import cifar_resnet, resnet18, resnet34, resnet50, resnet101, resnet152
 from .transformer import transformer
-from .vgg import vgg11
+from .vgg import stage_ends, vgg11, vgg13, vgg16, vgg19
+from .vit import VisionTransformer as vit
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,17 @@ class Model:
     rank: int | None = 3
 
 
+_RESNETS = {18: resnet18, 34: resnet34, 50: resnet50, 101: resnet101, 152: resnet152}
+_VGGS = {11: vgg11, 13: vgg13, 16: vgg16, 19: vgg19}
 MODELS = {
     "mlp": Model(mlp, ("layer1", "layer2", "layer3"), rank=None),
     "convnet": Model(convnet, ("layer1", "layer2", "layer3")),
-    "vgg11": Model(vgg11, ("features.3", "features.7", "features.14", "features.21")),
-    "resnet18": Model(resnet18, ("layer1", "layer2", "layer3")),
-    "resnet50": Model(resnet50, ("layer1", "layer2", "layer3")),
+    **{f"vgg{d}": Model(build, stage_ends(d, 4)) for d, build in _VGGS.items()},
+    **{f"resnet{d}": Model(build, ("layer1", "layer2", "layer3")) for d, build in _RESNETS.items()},
     **{f"resnet{d}": Model(partial(cifar_resnet, d), ("layer1", "layer2")) for d in (20, 32, 56, 110)},
+    "vit": Model(vit, tuple(f"encoder.layers.encoder_layer_{i}" for i in (1, 3))),
     "transformer": Model(transformer, ("layers.0", "layers.1", "layers.2"), rank=1),
+    "gpt": Model(gpt, ("transformer.h.0", "transformer.h.1", "transformer.h.2"), rank=1),
 }
 
 
@@ -48,9 +53,9 @@ def build(name: str, num_classes: int, in_shape: Sequence[int]) -> nn.Module:
     """The network ``name`` with freshly drawn weights.
 
     Args:
-        name: ``mlp`` (inputs of any shape); ``convnet``, ``vgg11``, ``resnet18``, ``resnet50``, ``resnet20``,
-            ``resnet32``, ``resnet56``, ``resnet110`` (images [C, H, W]); ``transformer`` (token sequences [T]).
-        num_classes: number of logits; for ``transformer`` also the number of different tokens.
+        name: ``mlp`` (inputs of any shape); ``convnet``, ``vgg11`` to ``vgg19``, ``resnet18`` to ``resnet152``, CIFAR's
+            ``resnet20`` to ``resnet110``, ``vit`` (images [C, H, W]); ``transformer``, ``gpt`` (token sequences [T]).
+        num_classes: number of logits; for ``transformer`` and ``gpt`` also the number of different tokens.
         in_shape: shape of one input.
 
     Raises: ``ValueError`` for another name or a shape that the network cannot take.

@@ -1,12 +1,15 @@
-"""Residual networks (He et al., arXiv 1512.03385) with the CIFAR stem: a 3x3 convolution and no pooling.
+"""Residual networks (He et al., arXiv 1512.03385).
 
-Modules are named as torchvision names them (``conv1``, ``bn1``, ``layer1`` .., ``fc``).  The original CIFAR networks
-have three stages of 16, 32 and 64 channels; where a stage strides, its shortcut is a convolution (option B there).
+Modules are named as torchvision names them (``conv1``, ``bn1``, ``layer1`` .., ``fc``).  Images of 112 pixels a side
+or more get the stem of the ImageNet networks, and a checkpoint of torchvision's network loads; smaller ones that of the
+CIFAR networks, a 3x3 convolution without pooling.  The original CIFAR networks have three stages of 16, 32 and 64
+channels; where a stage strides, its shortcut is a convolution (option B there).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -66,9 +69,12 @@ class ResNet(nn.Module):
         planes: int = 64,
     ):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_shape[0], planes, 3, padding=1, bias=False)
+        large = min(in_shape[1:]) >= 112
+        kernel, stride = (7, 2) if large else (3, 1)
+        self.conv1 = nn.Conv2d(in_shape[0], planes, kernel, stride, kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
         self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, padding=1) if large else nn.Identity()
         width, self.stages = planes, []
         for i, depth in enumerate(depths):
             stage, width = _stage(block, width, planes * 2**i, depth, stride=1 if i == 0 else 2)
@@ -82,7 +88,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W]; logits [B, num_classes]."""
-        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for stage in self.stages:
             x = self.get_submodule(stage)(x)
         return self.fc(self.avgpool(x).flatten(1))
@@ -98,12 +104,14 @@ def _stage(block, width: int, planes: int, depth: int, stride: int) -> tuple[nn.
     return nn.Sequential(*blocks), out
 
 
-def resnet18(num_classes: int, in_shape: Sequence[int]) -> ResNet:
-    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, in_shape)
+def _resnet(block: type[BasicBlock] | type[Bottleneck], *depths: int) -> partial[ResNet]:
+    """The network of these stages as ``build(num_classes, in_shape)``."""
+    return partial(ResNet, block, depths)
 
 
-def resnet50(num_classes: int, in_shape: Sequence[int]) -> ResNet:
-    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, in_shape)
+resnet18, resnet34 = _resnet(BasicBlock, 2, 2, 2, 2), _resnet(BasicBlock, 3, 4, 6, 3)
+resnet50, resnet101 = _resnet(Bottleneck, 3, 4, 6, 3), _resnet(Bottleneck, 3, 4, 23, 3)
+resnet152 = _resnet(Bottleneck, 3, 8, 36, 3)
 
 
 def cifar_resnet(depth: int, num_classes: int, in_shape: Sequence[int]) -> ResNet:
