@@ -178,7 +178,7 @@ def test_cifar100_has_fine_labels(tmp_path):
         (folder / name).write_bytes(pickle.dumps(content))
     found = data.load("cifar100", str(tmp_path))
     assert found.train_y.tolist() == [0, 99, 7, 8, 9, 10] and found.num_classes == 100
-    assert found.augment.kind == "crop-flip"
+    assert found.augment.kind == "flip"
     (folder / "test").write_bytes(pickle.dumps({"data": _batch(1)["data"], "labels": [0] * PER_FILE}))
     with pytest.raises(UserError, match="test is not a CIFAR-100 file.*'fine_labels'.* from 0 to 99"):
         data.load("cifar100", str(tmp_path))

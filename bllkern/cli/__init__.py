@@ -123,7 +123,8 @@ def _objective_options() -> str:
     """The options of every objective with their defaults, for the help."""
     lines = ["options of the objectives, and their defaults:"]
     for name, objective in objectives.OBJECTIVES.items():
-        defaults = [f"{field.name}={field.default}" for field in dataclasses.fields(objective)]
+        options = objective()
+        defaults = [f"{field.name}={getattr(options, field.name)}" for field in dataclasses.fields(options)]
         text = f"{name}: {' '.join(defaults) or 'none'}"
         lines.append(textwrap.fill(text, 110, initial_indent="  ", subsequent_indent="    "))
     return "\n".join(lines)

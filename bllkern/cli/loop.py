@@ -141,7 +141,7 @@ class Training:
         self.net = bllkern.convert(plain, recipe.cuts, data.num_classes, objective, recipe.schedule, example)
         _check_output_block(self.net, objective)
         schedule = recipe.schedule or ("eager" if objective.isolate else "deferred")
-        self.deferred = schedule == "deferred" and recipe.objective != "backprop"
+        self.deferred = schedule == "deferred" and objective.local
         self.optimizers = bllkern.optimizers(self.net, self._optimizer)
         total = recipe.epochs * self.steps
         self.schedulers = [self._scheduler(optimizer, total) for optimizer in self.optimizers]

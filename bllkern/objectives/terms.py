@@ -17,7 +17,7 @@ from .features import raised, rows
 if TYPE_CHECKING:
     from .bll import BLL
 
-TERMS = ("agreement", "evidence", "prediction", "similarity", "decorrelation", "denoising")
+TERMS = ("agreement", "likelihood", "evidence", "prediction", "similarity", "decorrelation", "denoising")
 
 
 class LocalLoss(nn.Module):
@@ -31,7 +31,7 @@ class LocalLoss(nn.Module):
         if not self.terms:
             raise ValueError(f"at least one term needs a weight above 0; the terms are {', '.join(TERMS)}")
         self.head = LazyWeight(target_features) if recipe.prediction > 0 else None
-        reads_messages = {"agreement", "evidence"} & set(self.terms) or recipe.bootstrapping
+        reads_messages = {"agreement", "likelihood", "evidence"} & set(self.terms) or recipe.bootstrapping
         if recipe.similarity > 0 and recipe.similarity_target == "feedback":
             reads_messages = True
         self.feedback = Feedback(recipe.feedback, target_features, self.family) if reads_messages else None
@@ -113,11 +113,11 @@ class Batch:
     def agreement(self) -> Tensor:
         """Free energy of forward and backward message, per sample that counts (BLL)."""
         a, b = self.family.natural(self.features), self.message()
-        if self.kind == "classes":
-            counted = (self.y != self.ignore_index).to(a)
-            free_energy = functional.agreement(a, b, self.family, "none")
-            return (free_energy * counted).sum() / counted.sum().clamp(min=1)
-        return functional.agreement(a, b, self.family)
+        return self._mean(functional.agreement(a, b, self.family, "none"))
+
+    def likelihood(self) -> Tensor:
+        """Minus the log evidence of the own message, not normalised over classes, per sample that counts (BLL)."""
+        return -self._mean(self.family.evidence(self.family.natural(self.features), self.message()))
 
     def evidence(self) -> Tensor:
         """Class-normalised prediction from the log evidence of every class (BLL).
@@ -158,6 +158,13 @@ class Batch:
     def denoising(self) -> Tensor:
         """The output under a noisy input is pulled to the clean output, which is held fixed (BLL)."""
         return F.mse_loss(self.rerun(self.recipe.noise), self.z.detach())
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """Mean of values [N] over the rows whose target counts."""
+        if self.kind != "classes":
+            return values.mean()
+        counted = (self.y != self.ignore_index).to(values)
+        return (values * counted).sum() / counted.sum().clamp(min=1)
 
     def _needs_classes(self, term: str) -> None:
         if self.kind == "real":

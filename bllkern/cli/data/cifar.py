@@ -42,7 +42,7 @@ def read(name: str, data_dir: Path) -> Raw:
         raise UserError(f"--data-dir: no folder {folder}")
     parts = [_read_file(folder / file, layout) for file in layout.train]
     train = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
-    return Raw(train, _read_file(folder / layout.test, layout), layout.num_classes, augment="crop-flip")
+    return Raw(train, _read_file(folder / layout.test, layout), layout.num_classes, augment="flip")
 
 
 class _ArraysOnly(pickle.Unpickler):

@@ -29,7 +29,7 @@ def read_tiny_imagenet(data_dir: Path, size: int = 64) -> Raw:
         if name not in labels:
             raise UserError(f"--data-dir: {root / 'val' / 'val_annotations.txt'}: {line!r} names no class of wnids.txt")
         test.append((root / "val" / "images" / file, labels[name]))
-    return Raw(train, _labelled(test, size), len(classes), augment="crop-flip")
+    return Raw(train, _labelled(test, size), len(classes), augment="flip")
 
 
 def read_classes(data_dir: Path, size: int = 64) -> Raw:
@@ -50,7 +50,7 @@ def read_classes(data_dir: Path, size: int = 64) -> Raw:
         if held_out is None:
             raise UserError(f"--data-dir: {data_dir} has a folder train, but neither val nor test")
         train, test = _samples(data_dir / "train", classes), _samples(held_out, classes)
-    return Raw(_labelled(train, size), _labelled(test, size), len(classes), augment="crop-flip")
+    return Raw(_labelled(train, size), _labelled(test, size), len(classes), augment="flip")
 
 
 def _lines(path: Path) -> list[str]:
