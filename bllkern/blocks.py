@@ -46,7 +46,7 @@ class Boundary(nn.Module):
             raise ValueError(f"target_features must be a positive int, got {target_features!r}")
         self.options = objectives.get(objective)
         self.objective = self.options.build(target_features)
-        self.schedule = schedules.check(schedule, self.options.isolate or self.objective is None)
+        self.schedule = schedules.check(schedule, self.options.isolate or not self.options.local)
         if self.objective is not None:
             self.objective.channel_dim = channel_dim
         self.name = ""  # where it stands in the network; set by convert, for messages
@@ -70,6 +70,9 @@ class Boundary(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             return z
         target = current()
+        if not self.options.local:
+            schedules.discover(self, z, target.owners)
+            return self.objective(z, block, args, target)
         with torch.autocast(z.device.type, enabled=False):
             rerun = partial(_rerun, block, args, kwargs or {})
             terms = self.objective(z, target, rerun, known) if known else self.objective(z, target, rerun)

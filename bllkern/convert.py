@@ -15,9 +15,11 @@ from types import MethodType
 from torch import Tensor, nn
 
 from . import cuts as cuts_module
+from . import objectives
 from .blocks import BlockLocal, Boundary
 from .execution import sizing
 from .network import boundaries
+from .objectives.alignment import watch_output
 
 
 def convert(
@@ -51,16 +53,23 @@ def convert(
     if not isinstance(net, nn.Module):
         raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
     inputs = example if isinstance(example, tuple) else () if example is None else (example,)
+    options = objectives.get(objective)
     names = cuts_module.even(net, cuts, inputs, balance) if isinstance(cuts, int) else list(cuts)
+    _check_names(net, names)
+    names = options.places(net, names)
     _check_names(net, names)
 
     def end_block(name: str, module: nn.Module) -> nn.Module:
-        block = BlockLocal(module, target_features, objective, schedule, channel_dim=cuts_module.channel_dim(module))
+        block = BlockLocal(module, target_features, options, schedule, channel_dim=cuts_module.channel_dim(module))
         block.local.name = name
+        if isinstance(options, objectives.FeedbackAlignment):
+            block.local.objective.match(module)
         return block
 
     converted = _replace(net, {name: end_block for name in names})
     _chain(converted)
+    if isinstance(options, objectives.DirectFeedbackAlignment):
+        watch_output(converted)
     if example is not None:
         sizing.size(converted, *inputs)
     return converted

@@ -1,6 +1,7 @@
 """The command line: training, exact resume, comparison, and what it says to a mistake."""
 
 import json
+import math
 import os
 import pickle
 import runpy
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 
 import bllkern
 from bllkern import models
-from bllkern.cli import checkpoint, data, loop, main, measure
+from bllkern.cli import checkpoint, data, loop, main, measure, presets
 
 SMALL = ["--train-size", "60", "--test-size", "40", "--batch-size", "20", "--epochs", "3"]
 
@@ -89,12 +90,65 @@ def test_backprop_is_the_plain_loop(tmp_path):
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, 9)
     order = torch.Generator().manual_seed(0)
     for _ in range(3):
-        for x, y in data.batches(digits.train_x, digits.train_y, 20, False, order):
+        for x, y in data.batches(digits.train_x, digits.train_y, 20, digits.augment, order):
             optimizer.zero_grad()
             F.cross_entropy(net(x), y).backward()
             optimizer.step()
             scheduler.step()
     assert _same(_weights(tmp_path), net.state_dict())
+
+
+def test_sgd_with_cosine_is_the_plain_loop(tmp_path):
+    """The setting of BWBPF: momentum 0.9, weight decay 5e-4, learning rate 0.1 annealed to 0."""
+    assert _train("--objective", "backprop", "--preset", "bwbpf", *SMALL, "--augment", "flip", output=tmp_path) == 0
+    digits = data.load("digits", train_size=60, test_size=40, augment="flip")
+    torch.manual_seed(0)
+    net = models.build("mlp", 10, (1, 8, 8))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    order = torch.Generator().manual_seed(0)
+    step = 0
+    for _ in range(3):
+        for x, y in data.batches(digits.train_x, digits.train_y, 20, digits.augment, order):
+            optimizer.param_groups[0]["lr"] = 0.05 * (1 + math.cos(math.pi * step / 9))
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+            step += 1
+    for key, value in net.state_dict().items():
+        torch.testing.assert_close(_weights(tmp_path)[key], value)
+
+
+@pytest.mark.parametrize("preset", presets.PRESETS)
+def test_presets_train_and_give_way_to_what_is_given(tmp_path, preset, capsys):
+    expected = presets.PRESETS[preset]
+    given = ["--preset", preset, *SMALL, "--lr", "0.02", "--model", "convnet"]
+    assert main(["train", *given, "--output", str(tmp_path / "train")]) == 0
+    made = torch.load(tmp_path / "train" / "checkpoint.pt", weights_only=True)["arguments"]
+    assert made["optimizer"] == "sgd" and made["lr_schedule"] == "cosine" and made["augment"] == "crop-flip"
+    assert made["lr"] == 0.02 and made["epochs"] == 3 and made["weight_decay"] == expected.protocol["weight_decay"]
+    assert made["objective"] == expected.objective and made["options"] == expected.options
+    assert main(["compare", *given, "--objectives", "backprop", "--seeds", "1", "--output", str(tmp_path / "c")]) == 0
+    protocol = json.loads((tmp_path / "c" / "compare.json").read_text())["protocol"]
+    assert protocol["optimizer"] == "sgd" and protocol["lr"] == 0.02
+
+
+def test_an_option_overrides_that_of_the_preset(tmp_path):
+    assert _train("--preset", "bll-released", "--option", "prediction=0.5", *SMALL, output=tmp_path) == 0
+    options = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["arguments"]["options"]
+    assert options == {**presets.PRESETS["bll-released"].options, "prediction": 0.5}
+
+
+def test_tokens_train(tmp_path, capsys):
+    assert _train("--data", "reversal", "--model", "transformer", "--validation", "50", output=tmp_path) == 0
+    assert "60 training and 40 validation samples" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert 0 <= metrics[-1]["accuracy"] < 0.5 and 1 < metrics[-1]["loss"] < 3  # log 8 = 2.08 by chance
+    # the network of the reversal task must see what follows
+    net = models.transformer(8, (10,), causal=False).eval()
+    net.load_state_dict(_weights(tmp_path))
+    reversal = data.load("reversal", test_size=40, validation=50)
+    right = (net(reversal.test_x).argmax(-1) == reversal.test_y).double().mean()
+    assert right.item() == pytest.approx(metrics[-1]["accuracy"], abs=1e-12)
 
 
 def test_options_reach_the_objective(tmp_path):
@@ -117,19 +171,20 @@ VARIANTS = {
     "deferred": ["--schedule", "deferred", "--objective", "predsim"],
     "random numbers in the loss": ["--option", "denoising=1.0", "--option", "noise=0.5"],
     "batch norm": ["--model", "convnet", "--objective", "bwbpf"],
+    "augmentation, SGD": ["--augment", "crop-flip", "--optimizer", "sgd", "--lr-schedule", "cosine"],
 }
 
 
 def _interrupt_in_epoch(monkeypatch, number):
     """Ctrl-C while the epoch is evaluated."""
-    accuracy = loop.Training.accuracy
+    evaluate = loop.Training.evaluate
 
     def interrupted(self):
         if len(self.history) + 1 == number:
             raise KeyboardInterrupt
-        return accuracy(self)
+        return evaluate(self)
 
-    monkeypatch.setattr(loop.Training, "accuracy", interrupted)
+    monkeypatch.setattr(loop.Training, "evaluate", interrupted)
 
 
 @pytest.mark.parametrize("arguments", VARIANTS.values(), ids=VARIANTS)
@@ -292,6 +347,11 @@ def test_writes_are_atomic(tmp_path, monkeypatch):
         (["--lr", "inf"], ["--lr", "'inf'"]),
         (["--weight-decay", "-1"], ["--weight-decay", "'-1'"]),
         (["--batch-size", "61"], ["--batch-size", "60", "61"]),
+        (["--data", "reversal"], ["--model mlp", "images", "--data reversal", "tokens"]),
+        (["--model", "transformer"], ["--model transformer", "tokens", "--data digits", "images"]),
+        (["--validation", "1437"], ["--validation", "1436", "1437"]),
+        (["--optimizer", "nope"], ["--optimizer", "'nope'"]),
+        (["--preset", "nope"], ["--preset", "'nope'"]),
         (["--train-size", "2000"], ["--train-size", "1437", "2000"]),
         (["--data", "cifar10"], ["--data-dir"]),
         (["--data", "cifar10", "--data-dir", "/nowhere"], ["--data-dir", "/nowhere"]),

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from bllkern.cli import data
+from bllkern.cli.data import cifar
 from bllkern.cli.errors import UserError
 
 PER_FILE = 6
+FILES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
 
 
 class _Python2Pickler(pickle._Pickler):
@@ -47,9 +49,9 @@ def _batch(i):
 
 
 def _write(folder, dumps=DUMPS["protocol 4, str"]):
-    folder = folder / data.FOLDER
+    folder = folder / cifar.LAYOUTS["cifar10"].folder
     folder.mkdir(parents=True)
-    for i, name in enumerate((*data.TRAIN_FILES, data.TEST_FILE)):
+    for i, name in enumerate(FILES):
         (folder / name).write_bytes(dumps(_batch(i)))
     return folder
 
@@ -96,7 +98,7 @@ def test_cifar10(tmp_path, dumps, inside):
 def test_constant_channel_stays_finite(tmp_path):
     folder = _write(tmp_path)
     content = {"data": np.zeros((3, 3072), np.uint8), "labels": [0, 1, 2]}
-    for name in data.TRAIN_FILES:
+    for name in FILES[:-1]:
         (folder / name).write_bytes(pickle.dumps(content))
     assert torch.equal(data.load("cifar10", str(tmp_path)).train_x, torch.zeros(15, 3, 32, 32))
 
@@ -161,33 +163,93 @@ def test_text_file(tmp_path):
 def test_missing(tmp_path):
     with pytest.raises(UserError, match="--data cifar10 needs --data-dir"):
         data.load("cifar10")
-    with pytest.raises(UserError, match=f"no folder {tmp_path}/{data.FOLDER}"):
+    with pytest.raises(UserError, match=f"no folder {tmp_path}/cifar-10-batches-py"):
         data.load("cifar10", str(tmp_path))
     (_write(tmp_path) / "data_batch_5").unlink()
     with pytest.raises(UserError, match="data_batch_5 is missing"):
         data.load("cifar10", str(tmp_path))
 
 
-def _epoch(seed, flips, n=10, batch_size=4):
-    x = torch.arange(n * 6, dtype=torch.float32).view(n, 1, 2, 3)
+def test_cifar100_has_fine_labels(tmp_path):
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for i, name in enumerate(("train", "test")):
+        content = {"data": _batch(i)["data"], "fine_labels": [0, 99, 7, 8, 9, 10], "coarse_labels": [1] * PER_FILE}
+        (folder / name).write_bytes(pickle.dumps(content))
+    found = data.load("cifar100", str(tmp_path))
+    assert found.train_y.tolist() == [0, 99, 7, 8, 9, 10] and found.num_classes == 100
+    assert found.augment.kind == "flip"
+    (folder / "test").write_bytes(pickle.dumps({"data": _batch(1)["data"], "labels": [0] * PER_FILE}))
+    with pytest.raises(UserError, match="test is not a CIFAR-100 file.*'fine_labels'.* from 0 to 99"):
+        data.load("cifar100", str(tmp_path))
+
+
+def test_validation_is_taken_from_the_training_data():
+    plain, held = data.load("digits"), data.load("digits", validation=300)
+    assert len(held.train_y) == 1137 and len(held.test_y) == 300 and held.held_out == "validation"
+    assert plain.held_out == "test"
+
+    joined = torch.cat([held.train_y, held.test_y]).bincount()
+    assert torch.equal(joined, plain.train_y.bincount())
+    assert not torch.equal(held.test_y, plain.test_y[:300])
+    small = data.load("digits", validation=300, train_size=50)
+    assert len(small.train_y) == 50 and torch.equal(small.test_y, held.test_y)
+    for size in (0, 1437):
+        with pytest.raises(UserError, match=f"--validation must be from 1 to 1436, got {size}"):
+            data.load("digits", validation=size)
+
+
+def test_options_that_do_not_fit_the_data():
+    with pytest.raises(UserError, match="--augment flip is for images, not for --data reversal"):
+        data.load("reversal", augment="flip")
+    with pytest.raises(UserError, match="--image-size is for --data tiny-imagenet and folder, not for --data digits"):
+        data.load("digits", image_size=8)
+
+
+def _epoch(seed, kind="none", n=10, batch_size=4):
+    x = torch.arange(n * 12, dtype=torch.float32).view(n, 2, 2, 3)
     order = torch.Generator().manual_seed(seed)
-    return x, list(data.batches(x, torch.arange(n), batch_size, flips, order))
+    augment = data.Augmentation(kind, torch.tensor([-1.0, -2.0]).view(2, 1, 1))
+    return x, list(data.batches(x, torch.arange(n), batch_size, augment, order))
 
 
 def test_batches_pair_images_with_labels_once():
-    x, epoch = _epoch(0, flips=False)
+    x, epoch = _epoch(0)
     assert [len(y) for _, y in epoch] == [4, 4]  # the last two images are left out
     labels = torch.cat([y for _, y in epoch])
     assert torch.equal(torch.cat([images for images, _ in epoch]), x[labels]) and len(labels.unique()) == 8
-    _, other = _epoch(1, flips=False)
+    _, other = _epoch(1)
     assert not torch.equal(labels, torch.cat([y for _, y in other]))
 
 
+def test_in_order_takes_everything():
+    x, y = torch.randn(10, 2), torch.arange(10)
+    parts = list(data.in_order(x, y, 4))
+    assert [len(part) for _, part in parts] == [4, 4, 2]
+    assert torch.equal(torch.cat([part for part, _ in parts]), x)
+
+
 def test_flips_mirror_some_images():
-    x, epoch = _epoch(0, flips=True, n=400)
+    x, epoch = _epoch(0, "flip", n=400)
     images, labels = (torch.cat(part) for part in zip(*epoch))
     same = (images == x[labels]).flatten(1).all(1)
     assert torch.equal(images[~same], x[labels][~same].flip(-1))
     assert 140 < same.sum() < 260  # 200 expected, standard deviation 10
-    _, again = _epoch(0, flips=True, n=400)
+    _, again = _epoch(0, "flip", n=400)
     assert torch.equal(images, torch.cat([images for images, _ in again]))
+
+
+def test_crops_are_windows_of_the_image_padded_with_black():
+    x, epoch = _epoch(0, "crop-flip", n=1600, batch_size=400)
+    places = [(row, column, flip) for row in range(9) for column in range(9) for flip in (False, True)]
+    seen = set()
+    for images, labels in epoch:
+        for image, label in zip(images, labels):
+            padded = torch.tensor([-1.0, -2.0]).view(2, 1, 1).expand(2, 10, 11).clone()
+            padded[:, 4:6, 4:7] = x[label]
+            windows = torch.stack([padded[:, row : row + 2, column : column + 3] for row, column, _ in places[::2]])
+            windows = torch.stack([windows, windows.flip(-1)], 1).flatten(0, 1)
+            found = (windows == image).flatten(1).all(1).nonzero().flatten().tolist()
+            assert found
+            seen.update(found)
+    assert len(seen) == len(places)

@@ -11,9 +11,9 @@ import textwrap
 from .. import models, objectives
 from ..execution.schedules import SCHEDULES
 from . import compare, info, train
+from .data import AUGMENTATIONS, DATASETS
 from .errors import UserError
-
-IMAGE_MODELS = [name for name, model in models.MODELS.items() if model.rank != 1]
+from .presets import PRESETS
 
 EXAMPLES = """\
 examples:
@@ -56,7 +56,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a mistake of the user, 130 when interrupted."""
     try:
-        args, unknown = _parser().parse_known_args(argv)
+        args, unknown = _parse(argv)
     except SystemExit as end:  # --help, or an argument that does not parse
         return end.code
     try:
@@ -71,17 +71,30 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments; what is not given has the preset's value, if there is a preset, else the default."""
+    parser, commands = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if getattr(args, "preset", None) is None:
+        return args, unknown
+    preset = PRESETS[args.preset]
+    commands["compare"].set_defaults(**preset.protocol)
+    commands["train"].set_defaults(**preset.protocol, objective=preset.objective, preset_options=preset.options)
+    return parser.parse_known_args(argv)
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and those of its commands by name."""
     title = "Train neural networks block by block, without end-to-end backpropagation."
     parser = _command(None, "bllkern", title, EXAMPLES)
     parser.set_defaults(run=info.run, command="info")
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
-    _add_train(_command(commands, "train", "train one network", TRAIN_EXAMPLES + _objective_options()))
+    _add_train(_command(commands, "train", "train one network", TRAIN_EXAMPLES + _choices()))
     title = "train under several objectives and compare them"
-    _add_compare(_command(commands, "compare", title, COMPARE_EXAMPLES + _objective_options()))
+    _add_compare(_command(commands, "compare", title, COMPARE_EXAMPLES + _choices()))
     info_parser = _command(commands, "info", "versions, what was built, which backend runs what", None)
     info_parser.set_defaults(run=info.run, command="info")
-    return parser
+    return parser, commands.choices
 
 
 def _command(commands, name: str, description: str, examples: str | None) -> argparse.ArgumentParser:
@@ -94,18 +107,31 @@ def _command(commands, name: str, description: str, examples: str | None) -> arg
     return _Parser(prog=name, **style) if commands is None else commands.add_parser(name, help=description, **style)
 
 
+def _choices() -> str:
+    """Data sets, presets and the options of objectives, for the help."""
+    lines = ["data sets, and what --data-dir is for them:"]
+    lines += [f"  {name:14} {what or '(needs none)'}" for name, (_, what) in DATASETS.items()]
+    lines += ["", "presets:"]
+    for name, preset in PRESETS.items():
+        values = [f"--{key.replace('_', '-')} {value}" for key, value in preset.protocol.items()]
+        values += [f"--objective {preset.objective}", *(f"--option {k}={v}" for k, v in preset.options.items())]
+        lines.append(textwrap.fill(f"{name}: {' '.join(values)}", 110, initial_indent="  ", subsequent_indent="    "))
+    return "\n".join([*lines, "", _objective_options()])
+
+
 def _objective_options() -> str:
     """The options of every objective with their defaults, for the help."""
     lines = ["options of the objectives, and their defaults:"]
     for name, objective in objectives.OBJECTIVES.items():
-        defaults = [f"{field.name}={field.default}" for field in dataclasses.fields(objective)]
+        options = objective()
+        defaults = [f"{field.name}={getattr(options, field.name)}" for field in dataclasses.fields(options)]
         text = f"{name}: {' '.join(defaults) or 'none'}"
         lines.append(textwrap.fill(text, 110, initial_indent="  ", subsequent_indent="    "))
     return "\n".join(lines)
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=train.run, command="train")
+    parser.set_defaults(run=train.run, command="train", preset_options={})
     _add_protocol(parser)
     parser.add_argument("--objective", default="bll", choices=sorted(objectives.OBJECTIVES), help="default: bll")
     _add_option(parser, "NAME=VALUE", "an option of the objective, such as family=bernoulli; may be repeated")
@@ -131,17 +157,29 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 def _add_protocol(parser: argparse.ArgumentParser) -> None:
     """What decides how a network is trained, apart from the objective."""
     add = parser.add_argument
-    add("--data", default="digits", choices=["digits", "cifar10"], help="default: digits, which scikit-learn contains")
-    add("--data-dir", metavar="DIR", help="for cifar10: the folder that holds cifar-10-batches-py")
-    add("--train-size", type=_positive_int, metavar="N", help="training images; default: all")
-    add("--test-size", type=_positive_int, metavar="N", help="test images; default: all")
-    add("--model", default="mlp", choices=IMAGE_MODELS, metavar="NAME", help=f"{', '.join(IMAGE_MODELS)}; default: mlp")
+    add("--preset", choices=sorted(PRESETS), help="defaults as a paper's released code has them, see below")
+    add("--data", default="digits", choices=DATASETS, metavar="NAME", help=f"{', '.join(DATASETS)}; default: digits")
+    add("--data-dir", metavar="PATH", help="where the data set is, see below")
+    add("--train-size", type=_positive_int, metavar="N", help="training samples; default: all")
+    add("--test-size", type=_positive_int, metavar="N", help="test samples; default: all")
+    add("--validation", type=_positive_int, metavar="N", help="test on N training samples instead of the test data")
+    add("--augment", choices=AUGMENTATIONS, help="of images; default: what is usual for the data set")
+    add("--image-size", type=_positive_int, metavar="N", help="for tiny-imagenet and folder; default: 64")
+    add(
+        "--model",
+        default="mlp",
+        choices=models.MODELS,
+        metavar="NAME",
+        help=f"{', '.join(models.MODELS)}; default: mlp",
+    )
     add("--cuts", type=_cuts, metavar="CUTS", help="modules, comma separated, or how many blocks; default: the stages")
     add("--schedule", choices=sorted(SCHEDULES), help="when a block learns; default: eager, where losses are isolated")
     add("--epochs", type=_positive_int, default=20, metavar="N", help="default: 20")
     add("--batch-size", type=_positive_int, default=100, metavar="N", help="default: 100")
-    add("--lr", type=_positive_float, default=4e-3, metavar="X", help="peak of the one-cycle schedule; default: 0.004")
-    add("--weight-decay", type=_non_negative_float, default=1e-2, metavar="X", help="of AdamW; default: 0.01")
+    add("--optimizer", default="adamw", choices=list(train.RATES), help="one for each block; default: adamw")
+    add("--lr", type=_positive_float, metavar="X", help="the largest learning rate; default: 0.004, for sgd 0.1")
+    add("--weight-decay", type=_non_negative_float, metavar="X", help="default: 0.01, for sgd 0.0005")
+    add("--lr-schedule", default="onecycle", choices=["onecycle", "cosine"], help="default: onecycle")
     add("--seed", type=_seed, default=0, metavar="N", help="of weights and order of the data; default: 0")
     add("--device", metavar="NAME", help="such as cpu or cuda:1; default: cuda where there is one")
     add("--threads", type=_positive_int, metavar="N", help="CPU threads; default: torch's choice")

@@ -13,18 +13,18 @@ from tqdm import tqdm
 import bllkern
 
 from .checkpoint import write_atomically, write_json
-from .data import Dataset, load
+from .data import Dataset
 from .errors import UserError, user_errors
 from .loop import Recipe
 from .measure import human_bytes, human_time
-from .train import device, recipe_of, start
+from .train import device, load_data, recipe_of, start
 
 BASELINE = "backprop"
 
 
 def run(args: argparse.Namespace) -> int:
     recipes = _recipes(args)
-    data = load(args.data, args.data_dir, args.train_size, args.test_size)
+    data = load_data(args)
     output, where = Path(args.output), device(args)
     for recipe in recipes.values():  # what the library refuses, it refuses before hours of training
         start(recipe, data, where)
@@ -74,7 +74,10 @@ def _protocol(args: argparse.Namespace, data: Dataset, where: torch.device) -> d
     sizes = {"train_size": len(data.train_x), "test_size": len(data.test_x), "seeds": args.seeds}
     machine = {"device": str(where), "threads": torch.get_num_threads()}
     versions = {"torch": torch.__version__, "bllkern": bllkern.__version__}
-    return {k: v for k, v in recipe.items() if k not in ("objective", "options")} | sizes | machine | versions
+    held_out = {"held_out": data.held_out}
+    return (
+        {k: v for k, v in recipe.items() if k not in ("objective", "options")} | sizes | held_out | machine | versions
+    )
 
 
 def _one(recipe: Recipe, data: Dataset, where: torch.device, bar: tqdm) -> dict:
@@ -87,17 +90,18 @@ def _one(recipe: Recipe, data: Dataset, where: torch.device, bar: tqdm) -> dict:
 
 def _describe(run: dict) -> str:
     return (
-        f"accuracy {run['accuracy']:.2%}, {human_time(run['seconds'])}, "
+        f"accuracy {run['accuracy']:.2%}, loss {run['loss']:.4f}, {human_time(run['seconds'])}, "
         f"step {human_time(run['step_seconds'])}, peak memory {human_bytes(run['peak_bytes'])}"
     )
 
 
 def _summary(runs: list[dict]) -> dict:
-    """Over the seeds: mean and standard deviation of the accuracy, medians of step time and peak memory."""
+    """Over the seeds: mean and standard deviation of the accuracy, mean loss, medians of step time and peak memory."""
     accuracies = [run["accuracy"] for run in runs]
     return {
         "accuracy_mean": statistics.fmean(accuracies),
         "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "loss_mean": statistics.fmean(run["loss"] for run in runs),
         "step_seconds": statistics.median(run["step_seconds"] for run in runs),
         "peak_bytes": statistics.median(run["peak_bytes"] for run in runs),
     }
@@ -112,14 +116,14 @@ def _add_ratios(objectives: dict[str, dict]) -> None:
 
 
 def _table(objectives: dict[str, dict]) -> str:
-    head = ("objective", "accuracy", "spread", "step time", f"/ {BASELINE}", "peak memory", f"/ {BASELINE}")
+    head = ("objective", "accuracy", "spread", "loss", "step time", f"/ {BASELINE}", "peak memory", f"/ {BASELINE}")
     rows = [head]
     for name, entry in objectives.items():
         s = entry["summary"]
         spread = "-" if s["accuracy_std"] is None else f"±{s['accuracy_std']:.2%}"
         ratios = ["-" if s[key] is None else f"{s[key]:.2f}" for key in ("step_seconds_ratio", "peak_bytes_ratio")]
         times = human_time(s["step_seconds"]), ratios[0], human_bytes(s["peak_bytes"]), ratios[1]
-        rows.append((name, f"{s['accuracy_mean']:.2%}", spread, *times))
+        rows.append((name, f"{s['accuracy_mean']:.2%}", spread, f"{s['loss_mean']:.4f}", *times))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
@@ -150,14 +154,19 @@ def _draw(report: dict, path: Path) -> None:
         left.annotate(f"{mean:.1f}", (mean, row), (0, 12), textcoords="offset points", ha="center", fontsize=9)
         right.barh(row, mebibytes, color="tab:orange", height=0.55)
         right.annotate(f" {human_bytes(summary['peak_bytes'])}", (mebibytes, row), va="center", fontsize=9)
-    left.set(yticks=range(len(names)), yticklabels=names, xlabel="test accuracy (%)", ylim=(-0.6, len(names) - 0.3))
+    left.set(
+        yticks=range(len(names)),
+        yticklabels=names,
+        xlabel=f"{protocol['held_out']} accuracy (%)",
+        ylim=(-0.6, len(names) - 0.3),
+    )
     left.grid(axis="x", alpha=0.3)
     left.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, fontsize=9, markerscale=0.5)
     right.set(xlabel="peak memory of a step (MiB)")
     right.margins(x=0.25)
     right.tick_params(axis="y", length=0)
     figure.suptitle(
-        f"{protocol['model']} on {protocol['data']}: {protocol['train_size']:,} training images, "
+        f"{protocol['model']} on {protocol['data']}: {protocol['train_size']:,} training samples, "
         f"{protocol['epochs']} epochs, {protocol['seeds']} seeds",
         fontsize=11,
     )

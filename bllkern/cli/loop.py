@@ -13,13 +13,14 @@ from torch import Tensor, nn
 import bllkern
 
 from .. import models
-from .data import Dataset, batches
+from .data import Dataset, batches, in_order
 from .errors import UserError
 from .measure import PeakMemory, StepTimer
 
 REPORT_EVERY = 10  # steps between two looks at the losses: reading one waits for the device
 MEMORY_STEPS = 3  # steps until memory is measured
 EVALUATION_BATCH = 500
+MOMENTUM = 0.9  # of SGD
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,24 @@ class Recipe:
     seed: int
     train_size: int | None
     test_size: int | None
+    validation: int | None = None
+    augment: str | None = None
+    image_size: int | None = None
+    optimizer: str = "adamw"
+    lr_schedule: str = "onecycle"
 
 
 @dataclass
 class Epoch:
-    """Means of an epoch: losses by block, the output's under ``"output"``; accuracy from 0 to 1; time in seconds."""
+    """Means of an epoch: training losses by block, the output's under ``"output"``; time in seconds.
+
+    ``accuracy`` (from 0 to 1) and ``loss`` (cross-entropy of the output, in nats) are those on the held-out data.
+    """
 
     epoch: int
     losses: dict[str, float]
     accuracy: float
+    loss: float
     seconds: float
 
 
@@ -83,10 +93,28 @@ def _check_output_block(net: nn.Module, objective: bllkern.objectives.Objective)
         raise UserError("--cuts: a layer with parameters must follow the last cut, to learn from the global loss")
 
 
+def build(recipe: Recipe, data: Dataset) -> nn.Module:
+    """The plain network of the recipe for this data.  Raises :class:`UserError` where the two do not fit."""
+    shape = tuple(data.train_x.shape[1:])
+    takes, has = ("tokens" if rank == 1 else "images" for rank in (models.MODELS[recipe.model].rank, len(shape)))
+    if takes != has:
+        raise UserError(f"--model {recipe.model} takes {takes}, and --data {recipe.data} has {has}")
+    if recipe.model == "transformer":
+        return models.transformer(data.num_classes, shape, causal=data.causal)
+    if has == "tokens" and not data.causal:
+        raise UserError(f"--data {recipe.data} needs a model that sees the whole sequence: --model transformer")
+    return models.build(recipe.model, data.num_classes, shape)
+
+
+def cross_entropy(logits: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
+    """The global loss: of one class per sample [B], or per token [B, T]."""
+    return F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction=reduction)
+
+
 def train_step(net: nn.Module, optimizers, x: Tensor, y: Tensor, deferred: bool) -> Tensor:
     """The loop's body, as any user would write it; returns the detached loss of the output."""
     with bllkern.targets(y):
-        loss = F.cross_entropy(net(x), y)  # local gradients are taken in here
+        loss = cross_entropy(net(x), y)  # local gradients are taken in here
     (loss + bllkern.local_loss(net) if deferred else loss).backward()
     optimizers.step()
     optimizers.zero_grad()
@@ -102,36 +130,44 @@ class Training:
 
     def __init__(self, recipe: Recipe, data: Dataset, device: torch.device):
         if recipe.batch_size > len(data.train_x):
-            images = len(data.train_x)
-            raise UserError(f"--batch-size must be at most {images}, the training images, got {recipe.batch_size}")
+            samples = len(data.train_x)
+            raise UserError(f"--batch-size must be at most {samples}, the training samples, got {recipe.batch_size}")
         self.recipe, self.data, self.device = recipe, data, device
         self.steps = len(data.train_x) // recipe.batch_size
         torch.manual_seed(recipe.seed)
         objective = bllkern.objectives.get(recipe.objective, **recipe.options)
-        plain = models.build(recipe.model, data.num_classes, data.train_x.shape[1:]).to(device)
+        plain = build(recipe, data).to(device)
         example = data.train_x[:2]
         self.net = bllkern.convert(plain, recipe.cuts, data.num_classes, objective, recipe.schedule, example)
         _check_output_block(self.net, objective)
         schedule = recipe.schedule or ("eager" if objective.isolate else "deferred")
-        self.deferred = schedule == "deferred" and recipe.objective != "backprop"
-        self.optimizers = bllkern.optimizers(self.net, self._adamw)
+        self.deferred = schedule == "deferred" and objective.local
+        self.optimizers = bllkern.optimizers(self.net, self._optimizer)
         total = recipe.epochs * self.steps
-        self.schedulers = [torch.optim.lr_scheduler.OneCycleLR(o, recipe.lr, total) for o in self.optimizers]
+        self.schedulers = [self._scheduler(optimizer, total) for optimizer in self.optimizers]
         self.order = torch.Generator().manual_seed(recipe.seed)
         self.history: list[Epoch] = []
         self.timer, self.memory = StepTimer(device), PeakMemory(device, min(MEMORY_STEPS, total))
 
-    def _adamw(self, parameters) -> torch.optim.AdamW:
-        return torch.optim.AdamW(parameters, self.recipe.lr, weight_decay=self.recipe.weight_decay)
+    def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        lr, decay = self.recipe.lr, self.recipe.weight_decay
+        if self.recipe.optimizer == "sgd":
+            return torch.optim.SGD(parameters, lr, momentum=MOMENTUM, weight_decay=decay)
+        return torch.optim.AdamW(parameters, lr, weight_decay=decay)
+
+    def _scheduler(self, optimizer: torch.optim.Optimizer, total: int) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.recipe.lr_schedule == "cosine":
+            return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, self.recipe.lr, total)
 
     def train_epoch(self, progress: Callable[[float | None], None]) -> Epoch:
-        """One pass over the training images, then the test; ``progress(loss or None)`` is called after every step."""
+        """One pass over the training data, then the test; ``progress(loss or None)`` is called after every step."""
         epoch_timer, losses = StepTimer(self.device), _Mean()
         self.memory.start()
         self.net.train()
         data = self.data
         with epoch_timer.step():
-            loader = batches(data.train_x, data.train_y, self.recipe.batch_size, data.flips, self.order)
+            loader = batches(data.train_x, data.train_y, self.recipe.batch_size, data.augment, self.order)
             for i, (x, y) in enumerate(loader):
                 with self.timer.step(), self.memory.step():
                     loss = train_step(self.net, self.optimizers, x, y, self.deferred)
@@ -141,23 +177,27 @@ class Training:
                 if reported:
                     losses.add(_finite({**bllkern.local_losses(self.net), "output": loss}))
                 progress(float(loss) if reported else None)
-        done = Epoch(len(self.history) + 1, losses.means(), self.accuracy(), epoch_timer.median())
+        done = Epoch(len(self.history) + 1, losses.means(), *self.evaluate(), epoch_timer.median())
         self.history.append(done)
         return done
 
-    def accuracy(self) -> float:
-        """Share of the test images whose largest logit is their class."""
+    def evaluate(self) -> tuple[float, float]:
+        """On the held-out data: share of the samples (or tokens) whose largest logit is their class, mean loss."""
         self.net.eval()
-        right = 0
+        right, loss = 0, 0.0
         with torch.no_grad():
-            for x, y in zip(self.data.test_x.split(EVALUATION_BATCH), self.data.test_y.split(EVALUATION_BATCH)):
-                right += (self.net(x).argmax(1) == y).sum()
-        return int(right) / len(self.data.test_y)
+            for x, y in in_order(self.data.test_x, self.data.test_y, EVALUATION_BATCH):
+                logits = self.net(x)
+                right += (logits.argmax(-1) == y).sum()
+                loss += cross_entropy(logits, y, "sum")
+        count = self.data.test_y.numel()
+        return int(right) / count, float(loss) / count
 
     def results(self) -> dict:
-        """Accuracy of the last epoch, seconds of all, median seconds of a step, peak bytes of a step."""
+        """Accuracy and loss of the last epoch, seconds of all, median seconds of a step, peak bytes of a step."""
         return {
             "accuracy": self.history[-1].accuracy,
+            "loss": self.history[-1].loss,
             "seconds": sum(epoch.seconds for epoch in self.history),
             "step_seconds": self.timer.median(),
             "peak_bytes": self.memory.bytes,

@@ -18,10 +18,12 @@ from .errors import UserError, user_errors
 from .loop import Epoch, Recipe, Training
 from .measure import human_bytes, human_time
 
+RATES = {"adamw": {"lr": 4e-3, "weight_decay": 1e-2}, "sgd": {"lr": 0.1, "weight_decay": 5e-4}}  # where none is given
+
 
 def run(args: argparse.Namespace) -> int:
-    recipe = recipe_of(args, args.objective, args.option)
-    data = load(args.data, args.data_dir, args.train_size, args.test_size)
+    recipe = recipe_of(args, args.objective, {**args.preset_options, **args.option})
+    data = load_data(args)
     output = None if args.output is None else Path(args.output)
     file = None if output is None else output / "checkpoint.pt"
     state = _state_to_continue(file, args.resume, recipe)
@@ -43,7 +45,13 @@ def recipe_of(args: argparse.Namespace, objective: str, options: dict) -> Recipe
     """The recipe that the arguments describe, for this objective with these options."""
     cuts = models.default_cuts(args.model) if args.cuts is None else args.cuts
     given = {name: getattr(args, name) for name in Recipe.__dataclass_fields__ if hasattr(args, name)}
-    return Recipe(**{**given, "objective": objective, "options": options, "cuts": cuts})
+    rates = {name: value for name, value in RATES[args.optimizer].items() if given[name] is None}
+    return Recipe(**{**given, **rates, "objective": objective, "options": options, "cuts": cuts})
+
+
+def load_data(args: argparse.Namespace) -> Dataset:
+    sizes = {"train_size": args.train_size, "test_size": args.test_size, "validation": args.validation}
+    return load(args.data, args.data_dir, **sizes, augment=args.augment, image_size=args.image_size)
 
 
 def start(recipe: Recipe, data: Dataset, device: torch.device) -> Training:
@@ -112,7 +120,7 @@ def _describe(training: Training) -> None:
     recipe, data = training.recipe, training.data
     blocks = " | ".join([*bllkern.network.boundaries(training.net), "output"])
     parameters = sum(p.numel() for p in bllkern.unwrap(training.net).parameters())
-    print(f"data      {recipe.data}: {len(data.train_x):,} training and {len(data.test_x):,} test images")
+    print(f"data      {recipe.data}: {len(data.train_x):,} training and {len(data.test_x):,} {data.held_out} samples")
     print(f"model     {recipe.model}: {parameters:,} parameters, blocks {blocks}")
     print(f"training  {recipe.objective}, {training.device}, {torch.get_num_threads()} CPU threads, seed {recipe.seed}")
 
@@ -122,15 +130,16 @@ def _print_row(epoch: Epoch, columns: list[str] | None) -> list[str]:
     if columns is None:
         columns = list(epoch.losses)
         head = "".join(f"{name:>12.12}" for name in columns)
-        print(f"\nepoch{head}    accuracy      time", flush=True)
+        print(f"\nepoch{head}        loss    accuracy      time", flush=True)
     losses = "".join(f"{epoch.losses[name]:12.4f}" for name in columns)
-    print(f"{epoch.epoch:5}{losses}{epoch.accuracy:11.2%}{human_time(epoch.seconds):>11}", flush=True)
+    print(f"{epoch.epoch:5}{losses}{epoch.loss:12.4f}{epoch.accuracy:12.2%}{human_time(epoch.seconds):>11}", flush=True)
     return columns
 
 
 def _summarise(training: Training, output: Path | None) -> None:
     results = training.results()
-    print(f"\ntest accuracy {results['accuracy']:.2%}, training time {human_time(results['seconds'])}", end="")
+    accuracy, loss = f"accuracy {results['accuracy']:.2%}", f"loss {results['loss']:.4f}"
+    print(f"\n{training.data.held_out} {accuracy}, {loss}, training time {human_time(results['seconds'])}", end="")
     if results["peak_bytes"] is not None:  # this run has trained, and not only read a finished checkpoint
         print(f", step {human_time(results['step_seconds'])}, peak memory {human_bytes(results['peak_bytes'])}", end="")
     print()

@@ -21,6 +21,12 @@ class Targets:
     ignore_index: int = -100
     scale: float = 1.0
     owners: dict[int, object] = field(default_factory=dict)  # the boundary of every parameter met, by identity
+    errors: list[Tensor] = field(default_factory=list)  # gradients of the loss by the output, once they are known
+
+    @staticmethod
+    def running() -> Targets | None:
+        """The targets of the step that runs, if one does."""
+        return _current.get()
 
 
 _current: ContextVar[Targets | None] = ContextVar("bllkern_targets", default=None)

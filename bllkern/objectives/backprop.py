@@ -15,5 +15,9 @@ class Backprop(Objective):
     def isolate(self):
         return False
 
+    @property
+    def local(self):
+        return False
+
     def build(self, target_features):
         return None

@@ -19,6 +19,15 @@ class Objective:
     def isolate(self) -> bool:
         return True
 
+    @property
+    def local(self) -> bool:
+        """Whether there is a local loss; where there is none, what ``build`` makes only changes what goes backwards."""
+        return True
+
+    def places(self, net: nn.Module, cuts: list[str]) -> list[str]:
+        """The modules of ``net`` after which boundaries stand, for these cuts."""
+        return cuts
+
     def __repr__(self):
         changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"

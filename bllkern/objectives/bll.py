@@ -18,6 +18,7 @@ class BLL(Objective):
         family: how messages are read; a name or :class:`bllkern.families.Family`.
         evidence: weight of the class-normalised prediction from the log evidence of every class.
         similarity: weight of matching the batch's Gram matrix to ``similarity_target``, ``"labels"`` or ``"feedback"``.
+        likelihood: weight of the log evidence of the target's own message, which does not normalise over classes.
         agreement: weight of the free energy of ``a`` and ``b``; alone it collapses, since nothing tells classes apart.
         decorrelation: weight of the squared off-diagonal Gram matrix.
         denoising: weight of pulling the output under input noise of standard deviation ``noise`` to the clean output.
@@ -34,6 +35,7 @@ class BLL(Objective):
     family: str | families.Family = "gaussian"
     evidence: float = 1.0
     similarity: float = 4.0
+    likelihood: float = 0.0
     agreement: float = 0.0
     decorrelation: float = 0.0
     denoising: float = 0.0

@@ -18,7 +18,7 @@ from .features import raised, rows
 if TYPE_CHECKING:
     from .bll import BLL
 
-TERMS = ("agreement", "evidence", "prediction", "similarity", "decorrelation", "denoising")
+TERMS = ("agreement", "likelihood", "evidence", "prediction", "similarity", "decorrelation", "denoising")
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -33,7 +33,7 @@ class LocalLoss(nn.Module):
         if not self.terms:
             raise ValueError(f"at least one term needs a weight above 0; the terms are {', '.join(TERMS)}")
         self.head = LazyWeight(target_features) if recipe.prediction > 0 else None
-        reads_messages = {"agreement", "evidence"} & set(self.terms) or recipe.bootstrapping
+        reads_messages = {"agreement", "likelihood", "evidence"} & set(self.terms) or recipe.bootstrapping
         if recipe.similarity > 0 and recipe.similarity_target == "feedback":
             reads_messages = True
         self.feedback = Feedback(recipe.feedback, target_features, self.family) if reads_messages else None
@@ -153,10 +153,11 @@ class Batch:
     def agreement(self) -> Tensor:
         """Free energy of forward and backward message, per sample that counts (BLL)."""
         a, b = self.family.natural(self.features), self.message()
-        weights = self.row_weights()
-        if weights is None:
-            return functional.agreement(a, b, self.family)
-        return (functional.agreement(a, b, self.family, "none") * weights).sum()
+        return self._mean(functional.agreement(a, b, self.family, "none"))
+
+    def likelihood(self) -> Tensor:
+        """Minus the log evidence of the own message, not normalised over classes, per sample that counts (BLL)."""
+        return -self._mean(self.family.evidence(self.family.natural(self.features), self.message()))
 
     def row_weights(self) -> Tensor | None:
         """What each row counts in a mean over those without ``ignore_index``; ``None`` where all rows count."""
@@ -204,6 +205,11 @@ class Batch:
     def denoising(self) -> Tensor:
         """The output under a noisy input is pulled to the clean output, which is held fixed (BLL)."""
         return F.mse_loss(self.rerun(self.recipe.noise), self.z.detach())
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """Mean of values [N] over the rows whose target counts."""
+        weights = self.row_weights()
+        return values.mean() if weights is None else (values * weights).sum()
 
     def _needs_classes(self, term: str) -> None:
         if self.kind == "real":
