@@ -42,7 +42,7 @@ def test_bll_is_the_weighted_sum_of_its_terms(family, similarity_target):
     a, b = f.natural(z), messages[Y]
     evidence = f.A(a[:, None] + messages) - f.A(a)[:, None] - f.A(messages) + local.log_prior
     expected = (
-        0.9 * F.cross_entropy(evidence, Y)
+        0.9 * F.cross_entropy(evidence, Y, label_smoothing=0.1)
         + 3.0 * functional.similarity_matching(z, Y if similarity_target == "labels" else b)
         + 0.2 * (f.A(a) + f.A(b) - f.A2(a + b)).mean()
         + 0.7 * functional.decorrelation(z)
@@ -72,8 +72,32 @@ def test_gaussian_evidence_is_a_linear_head():
     layer = block(BLL(similarity=0))
     loss, z = local_loss(layer)
     local = layer.local.objective
-    expected = F.cross_entropy(F.linear(z, local.feedback.link.weight, local.log_prior), Y)
+    expected = F.cross_entropy(F.linear(z, local.feedback.link.weight, local.log_prior), Y, label_smoothing=0.1)
     torch.testing.assert_close(loss, expected.detach())
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("kind", ["classes", "classes to ignore", "probabilities", "all ignored"])
+def test_label_smoothing_of_evidence(kind, label_smoothing):
+    x, classes = X.double(), Y.clone()
+    layer = block(BLL(similarity=0, label_smoothing=label_smoothing)).double()
+    if kind != "classes":
+        classes[:: 1 if kind == "all ignored" else 3] = -100
+    y = torch.softmax(X[:, :4].double(), 1) if kind == "probabilities" else classes
+    loss, z = local_loss(layer, x, y)
+    local = layer.local.objective
+    logits = F.linear(z, local.feedback.link.weight, local.log_prior)
+    expected = F.cross_entropy(logits, y, label_smoothing=label_smoothing).nan_to_num()  # torch divides by no rows
+    by_logits = torch.autograd.grad(expected, logits)[0].nan_to_num()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
+    by_weight = local.feedback.link.weight.detach().T @ by_logits.T @ x
+    torch.testing.assert_close(layer.weight.grad, by_weight, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_a_class_out_of_range_is_named_with_smoothing_too(label):
+    with pytest.raises(ValueError, match=f"target must hold class indices from 0 to 3 .*got {label}"):
+        local_loss(block(BLL()), y=Y.where(Y != 3, label))
 
 
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)

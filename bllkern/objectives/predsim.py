@@ -17,7 +17,7 @@ class PredSim(Objective):
 
     prediction: float = 1.0
     similarity: float = 4.0
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.1
     pool: int = 4
 
     def __post_init__(self):

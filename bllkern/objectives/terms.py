@@ -120,7 +120,7 @@ class Batch:
         return functional.agreement(a, b, self.family)
 
     def evidence(self) -> Tensor:
-        """Class-normalised prediction from the log evidence of every class (BLL).
+        """Class-normalised prediction from the log evidence of every class (BLL), with ``label_smoothing``.
 
         A likelihood is known up to a factor for each class: it is ``exp(log_prior_c - A(b_c))`` here, without which a
         large message would win whatever the activation says.
@@ -130,7 +130,7 @@ class Batch:
         return functional.evidence_cross_entropy(
             self.family.natural(self.features),
             messages,
-            self.y,
+            smoothed(self.y, len(messages), self.recipe.label_smoothing, self.ignore_index),
             self.family,
             ignore_index=self.ignore_index,
             log_prior=self.loss.log_prior - self.family.A(messages),
@@ -162,6 +162,23 @@ class Batch:
     def _needs_classes(self, term: str) -> None:
         if self.kind == "real":
             raise ValueError(f"{term} normalises over classes: targets must be classes or probabilities, got real")
+
+
+def smoothed(target: Tensor, classes: int, share: float, ignore_index: int) -> Tensor:
+    """The target as class probabilities [N, C] with ``share`` of each row spread over the classes (Szegedy et al. 2015).
+
+    For an op whose mean runs over all rows: those with ``ignore_index`` are 0, and the others weigh more instead.
+    ``target`` itself where nothing is to be spread.
+    """
+    if share == 0:
+        return target
+    if target.is_floating_point():
+        return target * (1 - share) + share / classes
+    functional._check_target(target, len(target), classes, ignore_index)  # as the op would have
+    counted = target != ignore_index
+    weight = counted * (len(target) / counted.sum(dtype=torch.float64).clamp(min=1))
+    spread = (share / classes * weight)[:, None].expand(-1, classes)
+    return spread.scatter_add(1, target.where(counted, 0)[:, None], ((1 - share) * weight)[:, None])
 
 
 def total(terms: dict[str, Tensor], scale: float) -> Tensor:
