@@ -37,7 +37,7 @@ def hand_written(blocks, heads, objective, optimizer, data):
             z = block(x.detach())
             x = z
             rows = F.adaptive_avg_pool2d(z, min(4, z.shape[2])).flatten(1) if z.dim() == 4 else z
-            loss = F.cross_entropy(rows @ weight.T + bias, y)
+            loss = F.cross_entropy(rows @ weight.T + bias, y, label_smoothing=0.0 if objective == "bwbpf" else 0.1)
             if objective != "bwbpf":
                 unit = F.normalize(rows - rows.mean(1, keepdim=True), dim=1)
                 loss = loss + 4 * ((unit @ unit.T - (y[:, None] == y).double()) ** 2).mean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from .. import families, functional
 from ..execution.targets import Targets, kind_of
 from ..feedback import Feedback, LazyWeight
 from .features import raised, rows
+from .heads import Head
 
 if TYPE_CHECKING:
     from .bll import BLL
@@ -32,6 +34,7 @@ class LocalLoss(nn.Module):
         self.terms = [name for name in TERMS if getattr(recipe, name) > 0]
         if not self.terms:
             raise ValueError(f"at least one term needs a weight above 0; the terms are {', '.join(TERMS)}")
+        self.reader = None if recipe.head == "linear" else Head(recipe.head, target_features, recipe.pool)
         self.head = LazyWeight(target_features) if recipe.prediction > 0 else None
         reads_messages = {"agreement", "likelihood", "evidence"} & set(self.terms) or recipe.bootstrapping
         if recipe.similarity > 0 and recipe.similarity_target == "feedback":
@@ -48,7 +51,7 @@ class LocalLoss(nn.Module):
 
     def initialize(self, z: Tensor) -> None:
         """Size heads and feedback for activations like ``z``."""
-        features = rows(z, False, self.recipe.pool, self.channel_dim)
+        features = self.read(z, rows(z, False, self.recipe.pool, self.channel_dim))
         if self.head is not None:
             self.head(features)
         if self.feedback is not None:
@@ -57,6 +60,10 @@ class LocalLoss(nn.Module):
         if self.log_prior is not None:
             self.log_prior.data = self.log_prior.data.to(features)
         self._sized = True
+
+    def read(self, z: Tensor, features: Tensor) -> Tensor:
+        """What evidence, prediction and agreement see of ``z``: its features [N, D], or those of the hidden layer."""
+        return features if self.reader is None else self.reader(z, features, self.channel_dim)
 
     def forward(
         self, z: Tensor, target: Targets, rerun: Callable[[float], Tensor], known: Mapping[str, Tensor] = _NOTHING
@@ -82,7 +89,7 @@ class LocalLoss(nn.Module):
         known where features are not the rows of the activation: the first time, for tokens that are averaged, and for
         families that make natural parameters of activations.
         """
-        identity = type(self.family).natural is families.Family.natural
+        identity = type(self.family).natural is families.Family.natural and self.reader is None
         if "agreement" not in self.terms or not self._sized or not identity or x.dim() not in (2, 3):
             return F.linear(x, weight, bias), {}
         y, x_rows = self._matched(x, target), x.flatten(0, -2)
@@ -143,21 +150,26 @@ class Batch:
         self.z, self.features, self.y = z, features, y
         self.kind, self.ignore_index, self.rerun = kind, ignore_index, rerun
 
+    @cached_property
+    def read(self) -> Tensor:
+        """The features that predict, computed once for all terms that need them."""
+        return self.loss.read(self.z, self.features)
+
     def message(self) -> Tensor:
         """The backward message of every row [N, D]; a row with ``ignore_index`` reads that of class 0."""
-        messages = self.loss.feedback(self.features)
+        messages = self.loss.feedback(self.read)
         if self.kind == "classes":
             return messages[self.y.where(self.y != self.ignore_index, 0)]
         return self.y.to(messages) @ messages
 
     def agreement(self) -> Tensor:
         """Free energy of forward and backward message, per sample that counts (BLL)."""
-        a, b = self.family.natural(self.features), self.message()
+        a, b = self.family.natural(self.read), self.message()
         return self._mean(functional.agreement(a, b, self.family, "none"))
 
     def likelihood(self) -> Tensor:
         """Minus the log evidence of the own message, not normalised over classes, per sample that counts (BLL)."""
-        return -self._mean(self.family.evidence(self.family.natural(self.features), self.message()))
+        return -self._mean(self.family.evidence(self.family.natural(self.read), self.message()))
 
     def row_weights(self) -> Tensor | None:
         """What each row counts in a mean over those without ``ignore_index``; ``None`` where all rows count."""
@@ -167,29 +179,29 @@ class Batch:
         return counted / counted.sum().clamp(min=1)
 
     def evidence(self) -> Tensor:
-        """Class-normalised prediction from the log evidence of every class (BLL).
+        """Class-normalised prediction from the log evidence of every class (BLL), with ``label_smoothing``.
 
         A likelihood is known up to a factor for each class: it is ``exp(log_prior_c - A(b_c))`` here, without which a
         large message would win whatever the activation says.
         """
         self._needs_classes("evidence")
-        messages = self.loss.feedback(self.features)
+        messages = self.loss.feedback(self.read)
         return functional.evidence_cross_entropy(
-            self.family.natural(self.features),
+            self.family.natural(self.read),
             messages,
-            self.y,
+            smoothed(self.y, len(messages), self.recipe.label_smoothing, self.ignore_index),
             self.family,
             ignore_index=self.ignore_index,
             log_prior=self.loss.log_prior - self.family.A(messages),
         )
 
     def prediction(self) -> Tensor:
-        """Cross-entropy of a linear auxiliary head (BWBPF), or its mean squared error for real targets."""
-        weight, bias = self.loss.head(self.features)
+        """Cross-entropy of the auxiliary head (BWBPF), or its mean squared error for real targets."""
+        weight, bias = self.loss.head(self.read)
         if self.kind == "real":
-            return F.mse_loss(F.linear(self.features, weight, bias), self.y.to(self.features))
+            return F.mse_loss(F.linear(self.read, weight, bias), self.y.to(self.features))
         return functional.linear_cross_entropy(
-            self.features, weight, bias, self.y, self.recipe.label_smoothing, ignore_index=self.ignore_index
+            self.read, weight, bias, self.y, self.recipe.label_smoothing, ignore_index=self.ignore_index
         )
 
     def similarity(self) -> Tensor:
@@ -214,6 +226,23 @@ class Batch:
     def _needs_classes(self, term: str) -> None:
         if self.kind == "real":
             raise ValueError(f"{term} normalises over classes: targets must be classes or probabilities, got real")
+
+
+def smoothed(target: Tensor, classes: int, share: float, ignore_index: int) -> Tensor:
+    """The target as class probabilities [N, C] with ``share`` of each row spread over the classes (Szegedy et al. 2015).
+
+    For an op whose mean runs over all rows: those with ``ignore_index`` are 0, and the others weigh more instead.
+    ``target`` itself where nothing is to be spread.
+    """
+    if share == 0:
+        return target
+    if target.is_floating_point():
+        return target * (1 - share) + share / classes
+    functional._check_target(target, len(target), classes, ignore_index)  # as the op would have
+    counted = target != ignore_index
+    weight = counted * (len(target) / counted.sum(dtype=torch.float64).clamp(min=1))
+    spread = (share / classes * weight)[:, None].expand(-1, classes)
+    return spread.scatter_add(1, target.where(counted, 0)[:, None], ((1 - share) * weight)[:, None])
 
 
 def total(terms: dict[str, Tensor], scale: float) -> Tensor:
