@@ -21,7 +21,8 @@ KINDS = ("direct", "chained", "fixed")
 class LazyWeight(LazyModuleMixin, nn.Module):
     """A weight [rows, D] (and bias [rows]) for features [N, D], which get their size from the first features seen.
 
-    Initialised as ``nn.Linear``: uniform within ``1 / sqrt(D)``.  ``forward(features)`` returns weight and bias.
+    For maps [N, C, *spatial] the weight is a kernel [rows, C, 3, ..] of three places a side.  Initialised as
+    ``nn.Linear`` and ``nn.Conv2d``: uniform within ``1 / sqrt(fan in)``.  ``forward(features)`` returns weight, bias.
     """
 
     cls_to_become = None
@@ -34,9 +35,10 @@ class LazyWeight(LazyModuleMixin, nn.Module):
 
     def initialize_parameters(self, features: Tensor) -> None:
         if self.has_uninitialized_params():
-            width = features.shape[1]
-            self.weight.materialize((self.rows, width), features.device, features.dtype)
-            nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
+            kernel = [3] * (features.dim() - 2)
+            self.weight.materialize((self.rows, features.shape[1], *kernel), features.device, features.dtype)
+            bound = self.weight[0].numel() ** -0.5
+            nn.init.uniform_(self.weight, -bound, bound)
             if self.bias is not None:
                 self.bias.data = self.bias.data.to(features)
 

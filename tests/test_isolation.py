@@ -5,6 +5,7 @@ import torch
 
 import bllkern
 import nets
+from bllkern import objectives
 from bllkern.objectives import BLL, BWBPF
 
 EVERYTHING = BLL(
@@ -24,6 +25,7 @@ OBJECTIVES = {
     "everything": EVERYTHING,
     "chained": BLL(feedback="chained"),
     "fixed": BLL(feedback="fixed", agreement=0.1),
+    "mlp head": BLL(head="mlp", feedback="chained", agreement=0.1),
 }
 
 
@@ -39,6 +41,15 @@ def test_isolated(model, objective, schedule):
     for name, value in bllkern.unwrap(net).state_dict().items():
         assert torch.equal(value, before[name]), name
     assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("schedule", ["eager", "deferred", "immediate"])
+@pytest.mark.parametrize("name", ["bll", "bwbpf", "predsim"])
+def test_conv_heads_are_isolated(name, schedule):
+    net, cuts, x, y = nets.build("resnet")
+    net = bllkern.convert(net, cuts, nets.CLASSES, objectives.get(name, head="conv", pool=2), schedule)
+    bllkern.optimizers(net, lambda params: torch.optim.SGD(params, lr=0.1))
+    bllkern.assert_isolated(net, x, y)
 
 
 @pytest.mark.parametrize("objective", ["deep_supervision", BWBPF(isolate=False)])

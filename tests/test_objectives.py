@@ -11,6 +11,7 @@ import bllkern
 from bllkern import families, functional, objectives
 from bllkern.objectives import BLL, BWBPF, PredSim
 from bllkern.objectives.features import raised, rows
+from bllkern.objectives.heads import WIDTH
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(7))
 Y = torch.arange(16) % 4
@@ -97,6 +98,9 @@ def test_unknown_options_are_errors(name):
         ("bwbpf", dict(pool=0), "pool must be a positive integer, got 0"),
         ("bwbpf", dict(isolate="no"), "isolate must be one of"),
         ("deep_supervision", dict(isolate=True), "isolate must be one of"),
+        ("predsim", dict(head="deep"), r"head must be one of \('linear', 'mlp', 'conv'\), got 'deep'"),
+        ("bll", dict(head="mlp", evidence=0.0), "head='mlp' needs a weight above 0 for evidence, prediction or agreem"),
+        ("bll", dict(head="mlp", bootstrapping=True), "head='mlp' does not go with bootstrapping"),
         ("predsim", dict(label_smoothing=-0.1), "label_smoothing must be a non-negative number"),
     ],
 )
@@ -272,6 +276,74 @@ def test_bwbpf_is_pooling_and_a_linear_head():
     head = layer.local.objective.head
     expected = F.cross_entropy(F.linear(F.adaptive_avg_pool2d(z, 2).flatten(1), head.weight, head.bias), Y)
     torch.testing.assert_close(layer.local.loss, expected.detach())
+
+
+@pytest.mark.parametrize("objective", [BLL(head="mlp", prediction=0.5, agreement=0.3), BWBPF(head="mlp")])
+def test_mlp_head_is_a_hidden_layer_before_the_terms_that_predict(objective):
+    layer = block(objective)
+    loss, z = local_loss(layer)
+    local = layer.local.objective
+    hidden = F.linear(z, local.reader.hidden.weight)
+    h = torch.relu(F.layer_norm(hidden, hidden.shape[1:]))
+    expected = F.cross_entropy(F.linear(h, local.head.weight, local.head.bias), Y)
+    if isinstance(objective, BLL):
+        messages, f = local.feedback.link.weight, families.get("gaussian")
+        agreement = (f.A(h) + f.A(messages[Y]) - f.A2(h + messages[Y])).mean()
+        similarity = functional.similarity_matching(z, Y)
+        evidence = F.cross_entropy(F.linear(h, messages, local.log_prior), Y)
+        expected = 0.5 * expected + 0.3 * agreement + 4.0 * similarity + evidence
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_conv_head_is_a_small_convolution(dimensions):
+    layer = getattr(bllkern, f"BlockLocalConv{dimensions}d")
+    layer = layer(3, 8, 3, padding=1, target_features=4, objective=BWBPF(head="conv", pool=2))
+    x = torch.randn(16, 3, *[6] * dimensions)
+    with bllkern.targets(Y):
+        z = layer(x)
+    local = layer.local.objective
+    pool = getattr(F, f"adaptive_avg_pool{dimensions}d")
+    hidden = getattr(F, f"conv{dimensions}d")(pool(z, 4), local.reader.hidden.weight, padding=1)
+    assert hidden.shape == (16, WIDTH, *[4] * dimensions)
+    hidden = pool(torch.relu(F.layer_norm(hidden, hidden.shape[1:])), 2).flatten(1)
+    expected = F.cross_entropy(F.linear(hidden, local.head.weight, local.head.bias), Y)
+    torch.testing.assert_close(layer.local.loss, expected.detach())
+
+
+@pytest.mark.parametrize("head", ["mlp", "conv"])
+@pytest.mark.parametrize("name", ["bll", "bwbpf", "predsim"])
+def test_every_weight_of_a_head_learns_and_is_saved(name, head):
+    def net(example):
+        torch.manual_seed(0)
+        return bllkern.BlockLocalConv2d(
+            3, 4, 3, padding=1, target_features=4, objective=objectives.get(name, head=head), example=example
+        )
+
+    x = torch.randn(16, 3, 9, 9)
+    layer = net(None)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)  # before the head has its size
+    with bllkern.targets(Y):
+        layer(x)
+    before = {key: p.detach().clone() for key, p in layer.named_parameters()}
+    optimizer.step()
+    assert [key for key, p in layer.named_parameters() if torch.equal(p, before[key])] == []
+    assert "local.objective.reader.hidden.weight" in before
+    for other in (net(x), net(None)):  # sized already, or by the checkpoint
+        other.load_state_dict(layer.state_dict())
+        assert all(torch.equal(p, layer.state_dict()[key]) for key, p in other.state_dict().items())
+
+
+def test_heads_are_for_training_only():
+    x = torch.randn(16, 3, 9, 9)
+    layer = bllkern.BlockLocalConv2d(3, 4, 3, target_features=4, objective=BWBPF(head="conv"), example=x).eval()
+    layer.local.objective.reader = None
+    assert torch.equal(layer(x), F.conv2d(x, layer.weight, layer.bias))
+
+
+def test_conv_head_needs_a_map():
+    with pytest.raises(ValueError, match=r"head='conv' needs an activation \[B, C, \*spatial\], got \[16, 8\]"):
+        block(BWBPF(head="conv"))
 
 
 def test_deep_supervision_is_bwbpf_without_isolation():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .. import families
 from ..feedback import KINDS
 from .base import Objective, check_options
+from .heads import HEADS
 from .terms import LocalLoss
 
 
@@ -22,11 +23,14 @@ class BLL(Objective):
         decorrelation: weight of the squared off-diagonal Gram matrix.
         denoising: weight of pulling the output under input noise of standard deviation ``noise`` to the clean output.
             The module that stands at the boundary runs a second time for it.
-        prediction: weight of an auxiliary linear head, with ``label_smoothing``.
+        prediction: weight of an auxiliary head, with ``label_smoothing``.
         feedback: ``"direct"`` (a learned message per class at every boundary), ``"chained"`` (each boundary's message
             from that of the boundary above; needs :func:`bllkern.convert`), or ``"fixed"`` (random, untrained).
         bootstrapping: the next block reads the posterior ``a + b`` instead of ``a`` while training.
         pool: convolutional features are averaged to at most ``pool`` places a side.
+        head: what evidence, prediction and agreement read: the pooled features (``"linear"``), a hidden layer on them
+            (``"mlp"``), or a small convolution before the pooling (``"conv"``); see :class:`.heads.Head`.  Similarity
+            and decorrelation read the pooled features under all three.
 
     Raises: ``TypeError`` for unknown options, ``ValueError`` for their values.
     """
@@ -44,10 +48,18 @@ class BLL(Objective):
     noise: float = 0.01
     bootstrapping: bool = False
     pool: int = 4
+    head: str = "linear"
 
     def __post_init__(self):
         families.get(self.family)
-        check_options(self, feedback=KINDS, similarity_target=("labels", "feedback"), bootstrapping=(False, True))
+        choices = {"feedback": KINDS, "similarity_target": ("labels", "feedback"), "bootstrapping": (False, True)}
+        check_options(self, **choices, head=HEADS)
+        if self.head == "linear":
+            return
+        if not self.evidence + self.prediction + self.agreement > 0:
+            raise ValueError(f"head={self.head!r} needs a weight above 0 for evidence, prediction or agreement")
+        if self.bootstrapping:
+            raise ValueError(f"head={self.head!r} does not go with bootstrapping, whose messages are for the activation")
 
     def build(self, target_features):
         return LocalLoss(self, target_features)

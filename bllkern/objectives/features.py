@@ -30,11 +30,15 @@ def rows(z: Tensor, tokens: bool, pool: int, channel_dim: int | None) -> Tensor:
     if z.dim() > 2 and channels_last(z, channel_dim):
         z = z.flatten(0, -2) if tokens else z.flatten(1, -2).mean(1)
     elif z.dim() > 2:
-        if z.dim() > 5:
-            raise ValueError(f"an activation [B, C, *spatial] may have up to 3 spatial dimensions, got {list(z.shape)}")
-        size = [min(side, pool) for side in z.shape[2:]]
-        z = _POOLS[z.dim() - 2](z, size).flatten(1)
+        z = averaged(z, pool).flatten(1)
     return z if z.dtype == torch.float64 else z.float()
+
+
+def averaged(z: Tensor, pool: int) -> Tensor:
+    """The activation [B, C, *spatial] averaged to at most ``pool`` places a side."""
+    if z.dim() > 5:
+        raise ValueError(f"an activation [B, C, *spatial] may have up to 3 spatial dimensions, got {list(z.shape)}")
+    return _POOLS[z.dim() - 2](z, [min(side, pool) for side in z.shape[2:]])
 
 
 def raised(message: Tensor, z: Tensor, channel_dim: int | None, pool: int) -> Tensor:

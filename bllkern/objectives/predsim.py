@@ -6,22 +6,24 @@ from dataclasses import dataclass
 
 from .base import Objective, check_options
 from .bll import BLL
+from .heads import HEADS
 
 
 @dataclass(frozen=True, repr=False)
 class PredSim(Objective):
     """A linear head plus matching of the batch's Gram matrix to label equality.
 
-    Args: prediction, similarity: weights.  label_smoothing, pool: as in :class:`bllkern.objectives.BWBPF`.
+    Args: prediction, similarity: weights.  label_smoothing, pool, head: as in :class:`bllkern.objectives.BWBPF`.
     """
 
     prediction: float = 1.0
     similarity: float = 4.0
     label_smoothing: float = 0.0
     pool: int = 4
+    head: str = "linear"
 
     def __post_init__(self):
-        check_options(self)
+        check_options(self, head=HEADS)
 
     def build(self, target_features):
         recipe = BLL(
@@ -30,5 +32,6 @@ class PredSim(Objective):
             similarity=self.similarity,
             label_smoothing=self.label_smoothing,
             pool=self.pool,
+            head=self.head,
         )
         return recipe.build(target_features)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from .. import families, functional
 from ..execution.targets import Targets, kind_of
 from ..feedback import Feedback, LazyWeight
 from .features import raised, rows
+from .heads import Head
 
 if TYPE_CHECKING:
     from .bll import BLL
@@ -30,6 +32,7 @@ class LocalLoss(nn.Module):
         self.terms = [name for name in TERMS if getattr(recipe, name) > 0]
         if not self.terms:
             raise ValueError(f"at least one term needs a weight above 0; the terms are {', '.join(TERMS)}")
+        self.reader = None if recipe.head == "linear" else Head(recipe.head, target_features, recipe.pool)
         self.head = LazyWeight(target_features) if recipe.prediction > 0 else None
         reads_messages = {"agreement", "evidence"} & set(self.terms) or recipe.bootstrapping
         if recipe.similarity > 0 and recipe.similarity_target == "feedback":
@@ -46,7 +49,7 @@ class LocalLoss(nn.Module):
 
     def initialize(self, z: Tensor) -> None:
         """Size heads and feedback for activations like ``z``."""
-        features = rows(z, False, self.recipe.pool, self.channel_dim)
+        features = self.read(z, rows(z, False, self.recipe.pool, self.channel_dim))
         if self.head is not None:
             self.head(features)
         if self.feedback is not None:
@@ -55,6 +58,10 @@ class LocalLoss(nn.Module):
         if self.log_prior is not None:
             self.log_prior.data = self.log_prior.data.to(features)
         self._sized = True
+
+    def read(self, z: Tensor, features: Tensor) -> Tensor:
+        """What evidence, prediction and agreement see of ``z``: its features [N, D], or those of the hidden layer."""
+        return features if self.reader is None else self.reader(z, features, self.channel_dim)
 
     def forward(self, z: Tensor, target: Targets, rerun: Callable[[float], Tensor]) -> dict[str, Tensor]:
         """Weighted terms of activation ``z``; ``rerun(std)`` computes ``z`` again from a noisy input."""
@@ -103,16 +110,21 @@ class Batch:
         self.z, self.features, self.y = z, features, y
         self.kind, self.ignore_index, self.rerun = kind, ignore_index, rerun
 
+    @cached_property
+    def read(self) -> Tensor:
+        """The features that predict, computed once for all terms that need them."""
+        return self.loss.read(self.z, self.features)
+
     def message(self) -> Tensor:
         """The backward message of every row [N, D]; a row with ``ignore_index`` reads that of class 0."""
-        messages = self.loss.feedback(self.features)
+        messages = self.loss.feedback(self.read)
         if self.kind == "classes":
             return messages[self.y.where(self.y != self.ignore_index, 0)]
         return self.y.to(messages) @ messages
 
     def agreement(self) -> Tensor:
         """Free energy of forward and backward message, per sample that counts (BLL)."""
-        a, b = self.family.natural(self.features), self.message()
+        a, b = self.family.natural(self.read), self.message()
         if self.kind == "classes":
             counted = (self.y != self.ignore_index).to(a)
             free_energy = functional.agreement(a, b, self.family, "none")
@@ -126,9 +138,9 @@ class Batch:
         large message would win whatever the activation says.
         """
         self._needs_classes("evidence")
-        messages = self.loss.feedback(self.features)
+        messages = self.loss.feedback(self.read)
         return functional.evidence_cross_entropy(
-            self.family.natural(self.features),
+            self.family.natural(self.read),
             messages,
             self.y,
             self.family,
@@ -137,12 +149,12 @@ class Batch:
         )
 
     def prediction(self) -> Tensor:
-        """Cross-entropy of a linear auxiliary head (BWBPF), or its mean squared error for real targets."""
-        weight, bias = self.loss.head(self.features)
+        """Cross-entropy of the auxiliary head (BWBPF), or its mean squared error for real targets."""
+        weight, bias = self.loss.head(self.read)
         if self.kind == "real":
-            return F.mse_loss(F.linear(self.features, weight, bias), self.y.to(self.features))
+            return F.mse_loss(F.linear(self.read, weight, bias), self.y.to(self.features))
         return functional.linear_cross_entropy(
-            self.features, weight, bias, self.y, self.recipe.label_smoothing, ignore_index=self.ignore_index
+            self.read, weight, bias, self.y, self.recipe.label_smoothing, ignore_index=self.ignore_index
         )
 
     def similarity(self) -> Tensor:

@@ -1,0 +1,48 @@
+"""What stands between an activation and the terms that predict from it: nothing, a hidden layer, a convolution."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..feedback import LazyWeight
+from .features import averaged, channels_last
+
+HEADS = ("linear", "mlp", "conv")
+WIDTH = 128  # hidden units, or channels; more where there are more classes
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class Head(nn.Module):
+    """Reads features [N, D] or the activation they come from as hidden features [N, H], which the prediction sees.
+
+    ``mlp``: a linear layer of ``WIDTH`` units.  ``conv``: the activation [B, C, *spatial], averaged to at most twice
+    ``pool`` places a side, goes through a convolution of three places a side to ``WIDTH`` channels, and is averaged to
+    ``pool``; the averaging first keeps its cost independent of the image's size.  Both end with layer normalisation
+    (no parameters) and ReLU.  Used in training only.
+    """
+
+    def __init__(self, kind: str, target_features: int, pool: int):
+        super().__init__()
+        self.kind, self.pool = kind, pool
+        self.hidden = LazyWeight(max(WIDTH, target_features), bias=False)
+
+    def extra_repr(self):
+        return self.kind
+
+    def forward(self, z: Tensor, features: Tensor, channel_dim: int | None) -> Tensor:
+        """Hidden features of activation ``z`` with features [N, D].  ``ValueError`` where ``conv`` has no map."""
+        if self.kind == "mlp":
+            weight, _ = self.hidden(features)
+            return _activated(F.linear(features, weight))
+        if z.dim() == 2 or channels_last(z, channel_dim):
+            raise ValueError(f"head='conv' needs an activation [B, C, *spatial], got {list(z.shape)}")
+        maps = averaged(z, 2 * self.pool).to(features.dtype)
+        weight, _ = self.hidden(maps)
+        return averaged(_activated(_CONVOLUTIONS[z.dim() - 2](maps, weight, padding=1)), self.pool).flatten(1)
+
+
+def _activated(hidden: Tensor) -> Tensor:
+    return torch.relu(F.layer_norm(hidden, hidden.shape[1:]))
