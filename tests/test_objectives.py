@@ -284,7 +284,7 @@ def test_mlp_head_is_a_hidden_layer_before_the_terms_that_predict(objective):
     loss, z = local_loss(layer)
     local = layer.local.objective
     hidden = F.linear(z, local.reader.hidden.weight)
-    h = torch.relu(F.layer_norm(hidden, hidden.shape[1:]))
+    h = torch.relu(F.batch_norm(hidden, None, None, training=True))
     expected = F.cross_entropy(F.linear(h, local.head.weight, local.head.bias), Y)
     if isinstance(objective, BLL):
         messages, f = local.feedback.link.weight, families.get("gaussian")
@@ -306,7 +306,7 @@ def test_conv_head_is_a_small_convolution(dimensions):
     pool = getattr(F, f"adaptive_avg_pool{dimensions}d")
     hidden = getattr(F, f"conv{dimensions}d")(pool(z, 4), local.reader.hidden.weight, padding=1)
     assert hidden.shape == (16, WIDTH, *[4] * dimensions)
-    hidden = pool(torch.relu(F.layer_norm(hidden, hidden.shape[1:])), 2).flatten(1)
+    hidden = pool(torch.relu(F.batch_norm(hidden, None, None, training=True)), 2).flatten(1)
     expected = F.cross_entropy(F.linear(hidden, local.head.weight, local.head.bias), Y)
     torch.testing.assert_close(layer.local.loss, expected.detach())
 
@@ -339,6 +339,14 @@ def test_heads_are_for_training_only():
     layer = bllkern.BlockLocalConv2d(3, 4, 3, target_features=4, objective=BWBPF(head="conv"), example=x).eval()
     layer.local.objective.reader = None
     assert torch.equal(layer(x), F.conv2d(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("head", ["mlp", "conv"])
+def test_heads_take_a_single_sample(head):
+    layer = bllkern.BlockLocalConv2d(3, 4, 3, target_features=4, objective=objectives.get("bll", head=head))
+    with bllkern.targets(Y[:1]):
+        layer(torch.randn(1, 3, 3, 3))
+    assert layer.local.loss.isfinite() and all(p.grad.isfinite().all() for p in layer.parameters())
 
 
 def test_conv_head_needs_a_map():

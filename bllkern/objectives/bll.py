@@ -59,7 +59,7 @@ class BLL(Objective):
         if not self.evidence + self.prediction + self.agreement > 0:
             raise ValueError(f"head={self.head!r} needs a weight above 0 for evidence, prediction or agreement")
         if self.bootstrapping:
-            raise ValueError(f"head={self.head!r} does not go with bootstrapping, whose messages are for the activation")
+            raise ValueError(f"head={self.head!r} does not go with bootstrapping, whose messages are not hidden")
 
     def build(self, target_features):
         return LocalLoss(self, target_features)

@@ -20,8 +20,8 @@ class Head(nn.Module):
 
     ``mlp``: a linear layer of ``WIDTH`` units.  ``conv``: the activation [B, C, *spatial], averaged to at most twice
     ``pool`` places a side, goes through a convolution of three places a side to ``WIDTH`` channels, and is averaged to
-    ``pool``; the averaging first keeps its cost independent of the image's size.  Both end with layer normalisation
-    (no parameters) and ReLU.  Used in training only.
+    ``pool``; the averaging first keeps its cost independent of the image's size.  Both end with batch normalisation
+    (without parameters or running statistics) and ReLU.  Used in training only.
     """
 
     def __init__(self, kind: str, target_features: int, pool: int):
@@ -45,4 +45,5 @@ class Head(nn.Module):
 
 
 def _activated(hidden: Tensor) -> Tensor:
-    return torch.relu(F.layer_norm(hidden, hidden.shape[1:]))
+    """Batch normalisation by the batch's own statistics, then ReLU."""
+    return torch.relu(torch.batch_norm(hidden, None, None, None, None, True, 0.0, 1e-5, False))
