@@ -70,7 +70,7 @@ def _has_parameters(net: nn.Module, names: list[str]) -> bool:
     return any(next(net.get_submodule(name).parameters(), None) is not None for name in names)
 
 
-def _costs(net: nn.Module, units: list[list[str]], inputs: tuple) -> list[float]:
+def operations(net: nn.Module, units: list[list[str]], inputs: tuple) -> list[float]:
     """Floating-point operations of each group on ``inputs``, or 1 each without any."""
     if not inputs:
         return [1.0] * len(units)
@@ -96,7 +96,7 @@ def even(net: nn.Module, blocks: int, inputs: tuple = ()) -> list[str]:
         raise ValueError(
             f"cuts: the number of blocks must be from 1 to {len(units)}, the layers in a row, got {blocks}"
         )
-    costs = _costs(net, units, inputs)
+    costs = operations(net, units, inputs)
     return [units[end - 1][-1] for end in _balanced(costs, blocks)]
 
 
