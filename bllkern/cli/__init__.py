@@ -1,4 +1,4 @@
-"""The command line: ``bllkern train``, ``compare``, ``split``, ``info``."""
+"""The command line: ``bllkern train``, ``compare``, ``split``, ``reproduce``, ``info``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .. import cuts_file, models, objectives
 from ..execution.schedules import SCHEDULES
-from . import compare, info, split, train
+from . import compare, info, published, reproduce, split, train
 from .errors import UserError
 
 IMAGE_MODELS = [name for name, model in models.MODELS.items() if model.rank != 1]
@@ -58,6 +58,15 @@ the table at the end only. FILE.journal.json keeps every training: the same comm
 --from carries the cuts of a shallower relative over, and compares them with a direct search.
 
 """
+REPRODUCE_EXAMPLES = """\
+examples:
+  bllkern reproduce bwbpf --scale cpu --data-dir ~/data --output bench/results
+  bllkern reproduce bll --scale gpu --data-dir ~/data --output bench/results
+
+Writes DIR/PAPER-SCALE.json, .md and .png. The JSON keeps every training: the same command continues a killed one. What
+is not trained at a scale is in the table as "not measured".
+
+"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -95,6 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_compare(_command(commands, "compare", title, COMPARE_EXAMPLES + _objective_options()))
     title = "search where to cut a network, and the head to learn through"
     _add_split(_command(commands, "split", title, SPLIT_EXAMPLES))
+    title = "a paper's table, beside what is measured here"
+    _add_reproduce(_command(commands, "reproduce", title, REPRODUCE_EXAMPLES))
     info_parser = _command(commands, "info", "versions, what was built, which backend runs what", None)
     info_parser.set_defaults(run=info.run, command="info")
     return parser
@@ -161,6 +172,18 @@ def _add_split(parser: argparse.ArgumentParser) -> None:
     _add_training(parser)
 
 
+def _add_reproduce(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=reproduce.run, command="reproduce")
+    add = parser.add_argument
+    names = list(published.PAPERS)
+    add("paper", choices=names, metavar="PAPER", help=f"one of {', '.join(names)}")
+    add("--scale", choices=["cpu", "gpu"], required=True, help="how much is trained, on what")
+    add("--data-dir", metavar="DIR", help="the folder that holds cifar-10-batches-py")
+    add("--seeds", type=_positive_int, metavar="N", help="default: those of the scale")
+    add("--output", metavar="DIR", default="bllkern-reproduce", help="default: bllkern-reproduce")
+    _add_machine(parser)
+
+
 def _add_protocol(parser: argparse.ArgumentParser) -> None:
     """What decides how a network is trained, apart from the objective."""
     add = parser.add_argument
@@ -183,6 +206,11 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add("--lr", type=_positive_float, default=4e-3, metavar="X", help="peak of the one-cycle schedule; default: 0.004")
     add("--weight-decay", type=_non_negative_float, default=1e-2, metavar="X", help="of AdamW; default: 0.01")
     add("--seed", type=_non_negative_int, default=0, metavar="N", help="of weights and order of the data; default: 0")
+    _add_machine(parser)
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--device", metavar="NAME", help="such as cpu or cuda:1; default: cuda where there is one")
     add("--threads", type=_positive_int, metavar="N", help="CPU threads; default: torch's choice")
 
