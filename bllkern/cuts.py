@@ -161,6 +161,15 @@ def _tensors(output) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
+def units(net: nn.Module, inputs: tuple = ()) -> list[Unit]:
+    """The network in the order of computation, in pieces between which it can be cut: measured, where there are inputs.
+
+    Without inputs every piece counts as one operation, and paths that skip a cut are not seen.
+    """
+    found = [Unit(names, flops=1) for names in groups(net)]
+    return _Trace(net, [unit.names for unit in found], inputs).whole() if inputs else found
+
+
 def even(net: nn.Module, blocks: int, inputs: tuple = (), balance: str = "flops") -> list[str]:
     """Cuts after which ``net`` falls into ``blocks`` blocks of similar cost; see :func:`bllkern.convert`.
 
@@ -171,14 +180,12 @@ def even(net: nn.Module, blocks: int, inputs: tuple = (), balance: str = "flops"
         raise ValueError(f"balance must be one of {sorted(COSTS)}, got {balance!r}")
     if balance == "memory" and not inputs:
         raise ValueError("balance='memory' needs example=, an input of the batch size to train with")
-    units = [Unit(names, flops=1) for names in groups(net)]
-    if inputs:
-        units = _Trace(net, [unit.names for unit in units], inputs).whole()
-    if isinstance(blocks, bool) or not 1 <= blocks <= len(units):
+    pieces = units(net, inputs)
+    if isinstance(blocks, bool) or not 1 <= blocks <= len(pieces):
         raise ValueError(
-            f"cuts: the number of blocks must be from 1 to {len(units)}, the layers in a row, got {blocks}"
+            f"cuts: the number of blocks must be from 1 to {len(pieces)}, the layers in a row, got {blocks}"
         )
-    return [units[end - 1].names[-1] for end in _balanced(units, blocks, COSTS[balance])]
+    return [pieces[end - 1].names[-1] for end in _balanced(pieces, blocks, COSTS[balance])]
 
 
 def _flops(units: Sequence[Unit]) -> float:

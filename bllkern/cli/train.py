@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import bllkern
 
-from .. import models
+from .. import cuts_file, models
 from . import checkpoint
 from .data import Dataset, load
 from .errors import UserError, user_errors
@@ -41,9 +41,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def recipe_of(args: argparse.Namespace, objective: str, options: dict) -> Recipe:
-    """The recipe that the arguments describe, for this objective with these options."""
+def recipe_of(args: argparse.Namespace, objective: str | None, options: dict) -> Recipe:
+    """The recipe that the arguments describe, for this objective (``None``: the cuts file's, or bll), these options."""
     cuts = models.default_cuts(args.model) if args.cuts is None else args.cuts
+    if isinstance(cuts, Path):
+        with user_errors():
+            file = cuts_file.read(cuts)
+        objective = objective or file.objective
+        cuts, options = file.cuts, {**file.options_of(objective), **options}
+    objective = objective or "bll"
     given = {name: getattr(args, name) for name in Recipe.__dataclass_fields__ if hasattr(args, name)}
     rates = {name: value for name, value in RATES[args.optimizer].items() if given[name] is None}
     return Recipe(**{**given, **rates, "objective": objective, "options": options, "cuts": cuts})

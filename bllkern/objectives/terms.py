@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import families, functional
+from ..backends import reference
 from ..execution.targets import Targets, kind_of
 from ..feedback import Feedback, LazyWeight
 from .features import raised, rows
@@ -238,7 +239,7 @@ def smoothed(target: Tensor, classes: int, share: float, ignore_index: int) -> T
         return target
     if target.is_floating_point():
         return target * (1 - share) + share / classes
-    functional._check_target(target, len(target), classes, ignore_index)  # as the op would have
+    reference.check_labels(target, classes, ignore_index)  # as the op would have
     counted = target != ignore_index
     weight = counted * (len(target) / counted.sum(dtype=torch.float64).clamp(min=1))
     spread = (share / classes * weight)[:, None].expand(-1, classes)
