@@ -41,8 +41,8 @@ def rows(z: Tensor, tokens: bool, pool: int, channel_dim: int | None) -> Tensor:
 class _Average(torch.autograd.Function):
     """Mean over equal cells of [B, C, *spatial] on a CPU: sums along whole rows, and rows copied back to every place.
 
-    Next to torch's adaptive pooling, whose loops go from place to place, half to two thirds of the time;
-    and nothing of the activation is kept.
+    Half to two thirds of the time of torch's adaptive pooling, which goes from place to place; and nothing of the
+    activation is kept.
     """
 
     @staticmethod
