@@ -289,6 +289,8 @@ def test_shapes_that_no_boundary_takes(shape):
 def test_dtypes_that_no_boundary_takes():
     with pytest.raises(TypeError, match="floating-point tensor, got torch.int64"):
         rows(torch.zeros(3, 4, dtype=torch.int64), False, 4, None)
+    with pytest.raises(TypeError, match="floating-point tensor, got torch.int64"):
+        BLL().build(4).initialize(torch.zeros(3, 4, 5, 5, dtype=torch.int64))
 
 
 def test_bwbpf_is_pooling_and_a_linear_head():

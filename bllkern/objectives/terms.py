@@ -43,7 +43,7 @@ class LocalLoss(nn.Module):
         self._sized = False
 
     def _reader(self) -> Head | None:
-        """The head that ``recipe.head`` names.  ``"auto"`` is a convolution until the activation turns out to be none."""
+        """The head that ``recipe.head`` names; ``"auto"`` is a convolution until an activation comes that is no map."""
         if self.recipe.head == "linear" or self.terms == ["denoising"]:
             return None
         if self.recipe.head == "auto" and self.recipe.bootstrapping:
@@ -71,8 +71,9 @@ class LocalLoss(nn.Module):
 
     def _features(self, z: Tensor, tokens: bool) -> Tensor:
         """What the terms see of ``z``: its pooled rows [N, D], or what the head reads in it."""
-        features = rows(z, tokens, self.recipe.pool, self.channel_dim)
-        return features if self.reader is None else self.reader(z, features, self.channel_dim)
+        if self.reader is not None:
+            return self.reader(z, tokens, self.channel_dim)
+        return rows(z, tokens, self.recipe.pool, self.channel_dim)
 
     def forward(self, z: Tensor, target: Targets, rerun: Callable[[float], Tensor]) -> dict[str, Tensor]:
         """Weighted terms of activation ``z``; ``rerun(std)`` computes ``z`` again from a noisy input."""
@@ -189,7 +190,7 @@ class Batch:
 
 
 def smoothed(target: Tensor, classes: int, share: float, ignore_index: int) -> Tensor:
-    """The target as class probabilities [N, C] with ``share`` of each row spread over the classes (Szegedy et al. 2015).
+    """The target as class probabilities [N, C], ``share`` of each row spread over the classes (arXiv 1512.00567).
 
     For an op whose mean runs over all rows: those with ``ignore_index`` are 0, and the others weigh more instead.
     ``target`` itself where nothing is to be spread.
