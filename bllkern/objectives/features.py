@@ -23,8 +23,7 @@ def rows(z: Tensor, tokens: bool, pool: int, channel_dim: int | None) -> Tensor:
     [B, D] stays; [B, T, D] gives a row per token if ``tokens``, else the mean over T; [B, C, *spatial] is averaged to
     at most ``pool`` places a side and flattened.
     """
-    if not z.is_floating_point():
-        raise TypeError(f"an activation at a boundary must be a floating-point tensor, got {z.dtype}")
+    check_floating(z)
     if z.dim() < 2:
         shapes = "[B, D], [B, T, D] or [B, C, *spatial]"
         raise ValueError(f"an activation at a boundary must have shape {shapes}, got {list(z.shape)}")
@@ -32,6 +31,16 @@ def rows(z: Tensor, tokens: bool, pool: int, channel_dim: int | None) -> Tensor:
         z = z.flatten(0, -2) if tokens else z.flatten(1, -2).mean(1)
     elif z.dim() > 2:
         z = averaged(z, pool).flatten(1)
+    return in_full_precision(z)
+
+
+def check_floating(z: Tensor) -> None:
+    if not z.is_floating_point():
+        raise TypeError(f"an activation at a boundary must be a floating-point tensor, got {z.dtype}")
+
+
+def in_full_precision(z: Tensor) -> Tensor:
+    """``z`` in float32, or in float64 where it is that."""
     return z if z.dtype == torch.float64 else z.float()
 
 
@@ -39,7 +48,8 @@ def averaged(z: Tensor, pool: int) -> Tensor:
     """The activation [B, C, *spatial] averaged to at most ``pool`` places a side."""
     if z.dim() > 5:
         raise ValueError(f"an activation [B, C, *spatial] may have up to 3 spatial dimensions, got {list(z.shape)}")
-    return _average(z, [min(side, pool) for side in z.shape[2:]])
+    size = [min(side, pool) for side in z.shape[2:]]
+    return z if list(z.shape[2:]) == size else _average(z, size)
 
 
 class _Average(torch.autograd.Function):
