@@ -13,7 +13,7 @@ import torch
 
 import bllkern
 from bllkern import cuts_file, models, objectives, search
-from bllkern.cli import data, loop, main, split
+from bllkern.cli import data, loop, main, measure, split
 from bllkern.objectives import BLL, BWBPF
 from bllkern.search import Candidate
 
@@ -32,10 +32,13 @@ SEARCH = [*SMALL, "--blocks", "3", "--epochs", "3", "--candidates", "5", "--seed
 EXAMPLE = torch.zeros(2, 1, 8, 8)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """One thread, and no full garbage collection before each training, which takes longer than the training here."""
     threads = torch.get_num_threads()
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure.gc, "collect", lambda: 0)
+        yield
     torch.set_num_threads(threads)
 
 
@@ -105,9 +108,7 @@ def test_malformed_files(tmp_path, changes, message, capsys):
 def test_files_that_are_not_there(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="nothing.json"):
         bllkern.convert(convnet(), tmp_path / "nothing.json", 10)
-    with pytest.raises(
-        ValueError, match="cuts must be module names, a number of blocks, or a .json file"
-    ):
+    with pytest.raises(ValueError, match="cuts must be module names, a number of blocks, or a .json file"):
         bllkern.convert(convnet(), "layer1", 10)
     assert main(["train", "--cuts", str(tmp_path / "nothing.json")]) == 2
     assert "nothing.json" in capsys.readouterr().err
@@ -306,6 +307,11 @@ def test_the_share_kept():
         "transferred": "transferred: does not beat both even cuts by more than the seeds' spread",
         "kept": "kept by the transfer: 5% of the direct search's gain over the better even cut",
     }
+
+
+def test_help_has_examples(capsys):
+    assert main(["split", "--help"]) == 0
+    assert "examples:\n  bllkern split" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
