@@ -293,6 +293,10 @@ def test_transfer_reports_what_it_keeps(tmp_path, capsys):
     table = found.found["table"]
     assert table["transferred"]["cuts"] == found.cuts and "found by search" in table
     assert found.found["kept"] in printed and "kept by the transfer: " in printed
+    assert main(["split", "convnet", "--from", str(file), *options, "--candidates", "0"]) == 0  # without a search
+    again = cuts_file.read(tmp_path / "deep.json")
+    assert again.cuts == found.cuts and "kept" not in again.found
+    assert again.found["table"].keys() == {"even by layers", "even by cost", "transferred"}
 
 
 def test_the_share_kept():
