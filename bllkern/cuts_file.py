@@ -11,7 +11,7 @@ from pathlib import Path
 from . import objectives
 
 FORMAT = "bllkern cuts 1"
-OBJECTIVES = sorted(n for n, o in objectives.OBJECTIVES.items() if "head" in {f.name for f in dataclasses.fields(o)})
+OBJECTIVES = sorted(n for n, o in objectives.OBJECTIVES.items() if "head" in {f.name for f in dataclasses.fields(o())})
 
 
 @dataclass(frozen=True)
