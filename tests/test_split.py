@@ -13,7 +13,7 @@ import torch
 
 import bllkern
 from bllkern import cuts_file, models, objectives, search
-from bllkern.cli import data, loop, main, split
+from bllkern.cli import data, loop, main, measure, split
 from bllkern.objectives import BLL, BWBPF
 from bllkern.search import Candidate
 
@@ -32,10 +32,13 @@ SEARCH = [*SMALL, "--blocks", "3", "--epochs", "3", "--candidates", "5", "--seed
 EXAMPLE = torch.zeros(2, 1, 8, 8)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """One thread, and no full garbage collection before each training, which takes longer than the training here."""
     threads = torch.get_num_threads()
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure.gc, "collect", lambda: 0)
+        yield
     torch.set_num_threads(threads)
 
 
@@ -82,7 +85,7 @@ def test_convert_asks_the_file_only_for_what_is_not_given(tmp_path):
         ({"cuts": None}, "field 'cuts' must be a list of module names, got None"),
         ({"cuts": []}, "field 'cuts' must be a list of module names"),
         ({"cuts": ["layer1", 2]}, "field 'cuts' must be a list of module names"),
-        ({"objective": "backprop"}, r"field 'objective' must be one of \['bll', .*'predsim'\], got 'backprop'"),
+        ({"objective": "backprop"}, r"field 'objective' must be one of \['bll', .*'predsim'.*\], got 'backprop'"),
         ({"model": 3}, "field 'model' must be of type str, got 3"),
         ({"head": "deep"}, "field 'head', 'pool' or 'options': head must be one of"),
         ({"pool": True}, "field 'pool' must be of type int, got True"),
@@ -105,9 +108,7 @@ def test_malformed_files(tmp_path, changes, message, capsys):
 def test_files_that_are_not_there(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="nothing.json"):
         bllkern.convert(convnet(), tmp_path / "nothing.json", 10)
-    with pytest.raises(
-        ValueError, match="cuts must be module names, a number of blocks, or a .json file"
-    ):
+    with pytest.raises(ValueError, match="cuts must be module names, a number of blocks, or a .json file"):
         bllkern.convert(convnet(), "layer1", 10)
     assert main(["train", "--cuts", str(tmp_path / "nothing.json")]) == 2
     assert "nothing.json" in capsys.readouterr().err
@@ -292,6 +293,10 @@ def test_transfer_reports_what_it_keeps(tmp_path, capsys):
     table = found.found["table"]
     assert table["transferred"]["cuts"] == found.cuts and "found by search" in table
     assert found.found["kept"] in printed and "kept by the transfer: " in printed
+    assert main(["split", "convnet", "--from", str(file), *options, "--candidates", "0"]) == 0  # without a search
+    again = cuts_file.read(tmp_path / "deep.json")
+    assert again.cuts == found.cuts and "kept" not in again.found
+    assert again.found["table"].keys() == {"even by layers", "even by cost", "transferred"}
 
 
 def test_the_share_kept():
@@ -306,6 +311,11 @@ def test_the_share_kept():
         "transferred": "transferred: does not beat both even cuts by more than the seeds' spread",
         "kept": "kept by the transfer: 5% of the direct search's gain over the better even cut",
     }
+
+
+def test_help_has_examples(capsys):
+    assert main(["split", "--help"]) == 0
+    assert "examples:\n  bllkern split" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

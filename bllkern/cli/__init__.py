@@ -23,6 +23,8 @@ examples:
   bllkern train --objective bwbpf --output out --resume
   bllkern train --data cifar10 --data-dir ~/data --model resnet18 --cuts 4 --epochs 20
   bllkern compare --objectives backprop,bll,bwbpf --seeds 3 --output figures
+  bllkern split resnet20 --blocks 4 --data cifar10 --data-dir ~/data --output r20.json
+  bllkern reproduce bwbpf --scale cpu --data-dir ~/data
   bllkern info                                    versions, what was built, which backend runs what
 """
 TRAIN_EXAMPLES = """\

@@ -114,21 +114,25 @@ def _markdown(paper: Paper, scale: Scale, name: str, where: torch.device, rows: 
     lines = []
     for row in rows:
         published = ["-" if error is None else f"{error:.2f}" for error in row["published"].values()]
-        measured = [
-            UNMEASURED if cell["error_mean"] is None else percent(cell["error_mean"], cell["error_std"])
-            for cell in row["measured"].values()
-        ]
+        measured = [_cell(cell, scale.seeds) for cell in row["measured"].values()]
         lines.append([f"{NAMES[row['data']]}, {row['network']}", *published, *measured])
     recipe = scale.recipe
     sizes = ["all" if recipe[size] is None else f"{recipe[size]:,}" for size in ("train_size", "test_size")]
     measured = (
         f"Measured: {sizes[0]} training and {sizes[1]} test images, {recipe['epochs']} epochs, batches of "
-        f"{recipe['batch_size']}, one-cycle AdamW (peak {recipe['lr']:g}); mean and standard deviation over up to "
-        f"{scale.seeds} seeds; torch {torch.__version__} on {where.type}."
+        f"{recipe['batch_size']}, one-cycle AdamW (peak {recipe['lr']:g}); mean and standard deviation over "
+        f"{scale.seeds} seeds; torch {torch.__version__} on {where.type}. {scale.note}"
     )
     title = f"# {paper.title} at the scale `{name}`"
-    intro = "Test error in %. A dash is a figure that the paper does not give."
-    return "\n\n".join([title, intro, table(head, lines), f"{measured} {paper.note}"]) + "\n"
+    intro = "Test error in %. A dash: no published figure at hand."
+    return "\n\n".join([title, intro, table(head, lines), measured.rstrip(), paper.note]) + "\n"
+
+
+def _cell(measured: dict, seeds: int) -> str:
+    if measured["error_mean"] is None:
+        return UNMEASURED
+    partly = "" if measured["seeds"] == seeds else f" ({measured['seeds']} of {seeds} seeds)"
+    return percent(measured["error_mean"], measured["error_std"]) + partly
 
 
 def _plot(paper: Paper, name: str, rows: list[dict]) -> bytes:
