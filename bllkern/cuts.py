@@ -97,10 +97,10 @@ def even(net: nn.Module, blocks: int, inputs: tuple = ()) -> list[str]:
             f"cuts: the number of blocks must be from 1 to {len(units)}, the layers in a row, got {blocks}"
         )
     costs = _costs(net, units, inputs)
-    return [units[end - 1][-1] for end in _balanced(costs, blocks)]
+    return [units[end - 1][-1] for end in balanced(costs, blocks)]
 
 
-def _balanced(costs: list[float], blocks: int) -> list[int]:
+def balanced(costs: list[float], blocks: int) -> list[int]:
     """Ends of all blocks but the last that make the most expensive block cheapest (dynamic programming)."""
     total = [0.0]
     for cost in costs:
