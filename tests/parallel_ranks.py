@@ -38,7 +38,7 @@ def start(function, ranks, folder, *args):
     return jobs
 
 
-def finish(jobs, seconds):
+def finish(jobs, seconds, kill_too=()):
     """What each process sent, ``(succeeded, result or traceback)``, or ``None`` where it died; then all are dead."""
     deadline = time.monotonic() + seconds
     found = []
@@ -51,7 +51,7 @@ def finish(jobs, seconds):
             except EOFError:
                 found.append(None)
     finally:
-        for process, _ in jobs:
+        for process, _ in [*jobs, *kill_too]:
             process.kill()
             process.join()
     return found

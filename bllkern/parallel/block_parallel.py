@@ -8,6 +8,7 @@ anything the other way, once per step; ``staleness`` says how old it may be.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -89,6 +90,7 @@ class BlockParallel:
         self.watch = Watch(self._labels(layout.names), timeout)
         self._reducers = self._average_over_rows()
         device = example[1].device
+        atexit.register(self._abandon)
         self._exchange = Exchange(self.rows, self.part, self.watch, inputs, device, staleness, compress)
 
     def _labels(self, names: list[str]) -> dict[int, str]:
@@ -161,6 +163,7 @@ class BlockParallel:
         with self._reporting():
             self._exchange.close()
         self.watch.stop()
+        atexit.unregister(self._abandon)
 
     def __enter__(self):
         return self
@@ -168,6 +171,12 @@ class BlockParallel:
     def __exit__(self, kind, error, trace):
         if kind is None:
             self.close()
+
+    def _abandon(self) -> None:
+        """At the end of a process that has not closed: tell the others, and end the threads."""
+        self.watch.report(RuntimeError("ended without BlockParallel.close()"))
+        self._exchange.abandon(self.watch.timeout)
+        self.watch.stop()
 
     def _split(self, x: Tensor | tuple | None, y: Tensor | None, parts: int) -> list[tuple]:
         """Inputs and targets of each micro-batch on the first rank, ``((), None)`` elsewhere."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -38,7 +39,8 @@ class Inbox:
     ):
         self.source, self._group, self._watch, self._accept = source, group, watch, accept
         self._queue: queue.Queue = queue.Queue(depth)
-        threading.Thread(target=self._receive, name=f"bllkern from rank {source}", daemon=True).start()
+        self._thread = threading.Thread(target=self._receive, name=f"bllkern from rank {source}", daemon=True)
+        self._thread.start()
 
     def _receive(self) -> None:
         try:
@@ -72,6 +74,12 @@ class Inbox:
         while self.get()[0].kind != "bye":
             pass
 
+    def abandon(self) -> bool:
+        """Drop what has come; whether the thread has ended."""
+        with suppress(queue.Empty):
+            self._queue.get_nowait()
+        return not self._thread.is_alive()
+
 
 class Outbox:
     """Messages to ``target`` (a rank of the job), sent while this rank goes on."""
@@ -81,7 +89,8 @@ class Outbox:
         self.bytes = 0
         self._sent = self._put = 0
         self._queue: queue.Queue = queue.Queue(depth)
-        threading.Thread(target=self._send, name=f"bllkern to rank {target}", daemon=True).start()
+        self._thread = threading.Thread(target=self._send, name=f"bllkern to rank {target}", daemon=True)
+        self._thread.start()
 
     def _send(self) -> None:
         try:
@@ -113,6 +122,12 @@ class Outbox:
         """Say that nothing more comes, and wait until everything is sent."""
         self.put(Header("bye"), [])
         self._watch.until(self._all_sent, self.target, "messages to be taken")
+
+    def abandon(self) -> bool:
+        """Say that nothing more comes, if that can be said; whether the thread has ended."""
+        with suppress(queue.Full):
+            self._queue.put_nowait((Header("bye"), []))
+        return not self._thread.is_alive()
 
     def _all_sent(self, seconds: float):
         if self._sent == self._put:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from ..families import Family
 from .channel import DEPTH, Inbox, Outbox
 from .messages import Header, MessageError, compress, describe, empty, expand
 from .part import Part
-from .watch import Watch
+from .watch import SLICE, Watch
 
 
 @dataclass(frozen=True)
@@ -134,12 +135,19 @@ class Exchange:
 
     def close(self) -> None:
         """Say that nothing more comes, and take in what does."""
-        for outbox in (self._feedback_out, self._outbox):
-            if outbox is not None:
-                outbox.close()
-        for inbox in (self._inbox, self._feedback_in):
-            if inbox is not None:
-                inbox.close()
+        for channel in self._channels():
+            channel.close()
+
+    def abandon(self, seconds: float) -> None:
+        """End the threads for which the other side still lives; one that waits in C++ while Python ends would abort."""
+        deadline = time.monotonic() + seconds
+        while not all([channel.abandon() for channel in self._channels()]) and time.monotonic() < deadline:
+            time.sleep(SLICE)
+
+    def _channels(self) -> list[Inbox | Outbox]:
+        """Those that exist, the outgoing ones first."""
+        channels = (self._feedback_out, self._outbox, self._inbox, self._feedback_in)
+        return [channel for channel in channels if channel is not None]
 
 
 class _Remote:

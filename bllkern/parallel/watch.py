@@ -25,26 +25,32 @@ class Watch:
         self.labels, self.timeout = labels, timeout
         self.rank = dist.get_rank()
         self.interval = min(1.0, timeout / 10)
+        self._label = labels[self.rank]
         self._store = dist.PrefixStore("bllkern.parallel", dist.distributed_c10d._get_default_store())
         self._failure: Exception | None = None
         self._stopped = threading.Event()
-        threading.Thread(target=self._beat, name="bllkern heartbeat", daemon=True).start()
+        self._thread = threading.Thread(target=self._beat, name="bllkern heartbeat", daemon=True)
+        self._thread.start()
 
     def _beat(self) -> None:
         try:
             while not self._stopped.wait(self.interval):
                 self._store.add(f"beat{self.rank}", 1)
+                if self._failure is None and self._store.check(["failure"]):
+                    first = self._store.get("failure").decode()
+                    self._failure = ParallelError(f"{self._label} ends: {first}")
         except RuntimeError:  # the store is gone: the others cannot be asked either, and time out
             pass
 
     def stop(self) -> None:
         """End the heartbeat: this rank has done its part."""
         self._stopped.set()
+        self._thread.join(self.timeout)
 
     def fail(self, rank: int, error: Exception) -> None:
         """Note, from any thread, that the exchange with ``rank`` failed; the next wait raises it."""
         if self._failure is None and not self._stopped.is_set():
-            self._failure = ParallelError(f"{self.labels[self.rank]}: {self.labels[rank]} {_first_line(error)}")
+            self._failure = ParallelError(f"{self._label}: {self.labels[rank]} {_first_line(error)}")
 
     def blame(self, rank: int, error: Exception) -> Exception:
         """The error to raise where ``rank`` sent what it should not."""
@@ -56,7 +62,7 @@ class Watch:
         silent = [rank for rank in self._asked(self._silent) or [] if rank in ranks]
         others = silent or [rank for rank in ranks if rank != self.rank]
         blamed = " or ".join(self.labels[rank] for rank in others)
-        return self.report(ParallelError(f"{self.labels[self.rank]}: lost {blamed}: {_first_line(error)}"))
+        return self.report(ParallelError(f"{self._label}: lost {blamed}: {_first_line(error)}"))
 
     def until(self, attempt: Callable[[float], object], rank: int, what: str):
         """``attempt(seconds)`` again and again until it returns something other than ``None``, which is returned.
@@ -72,14 +78,15 @@ class Watch:
                 silent = self._asked(self._silent) or [rank]
                 blamed = ", ".join(self.labels[r] for r in silent)
                 self._failure = ParallelError(
-                    f"{self.labels[self.rank]}: {blamed} did not answer: waited {self.timeout:g} s for {what}"
+                    f"{self._label}: {blamed} did not answer: waited {self.timeout:g} s for {what}"
                 )
         raise self.report(self._failure)
 
     def report(self, error: Exception) -> Exception:
         """Tell the others why this rank ends; returns the error, with the first one that any rank told."""
-        first = self._asked(lambda: self._tell(f"{self.labels[self.rank]}: {_first_line(error)}"))
-        if first is None or not isinstance(error, ParallelError):
+        text = _first_line(error)
+        first = self._asked(lambda: self._tell(text if isinstance(error, ParallelError) else f"{self._label}: {text}"))
+        if first is None or first in text or not isinstance(error, ParallelError):
             return error
         return ParallelError(f"{error} (first error of the job: {first})")
 
