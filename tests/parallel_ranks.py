@@ -4,11 +4,13 @@ import io
 import multiprocessing
 import time
 import traceback
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 # children fork from a clean process that has imported torch once: importing it in each would cost seconds
+LIMIT = timedelta(seconds=30)
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "bllkern", "torch.distributed.checkpoint"])
 
@@ -16,7 +18,7 @@ CONTEXT.set_forkserver_preload(["torch", "bllkern", "torch.distributed.checkpoin
 def _child(function, rank, ranks, rendezvous, results, args):
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=ranks)
+        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=ranks, timeout=LIMIT)
         outcome = True, function(rank, *args)
     except BaseException as error:
         outcome = False, f"{error!r}\n{traceback.format_exc()}"

@@ -171,12 +171,15 @@ class BlockParallel:
     def __exit__(self, kind, error, trace):
         if kind is None:
             self.close()
+        else:
+            self._abandon(error)
 
-    def _abandon(self) -> None:
-        """At the end of a process that has not closed: tell the others, and end the threads."""
-        self.watch.report(RuntimeError("ended without BlockParallel.close()"))
+    def _abandon(self, error: Exception | None = None) -> None:
+        """Where there is no closing any more: tell the others, and end the threads."""
+        self.watch.report(error or RuntimeError("ended without BlockParallel.close()"))
         self._exchange.abandon(self.watch.timeout)
         self.watch.stop()
+        atexit.unregister(self._abandon)
 
     def _split(self, x: Tensor | tuple | None, y: Tensor | None, parts: int) -> list[tuple]:
         """Inputs and targets of each micro-batch on the first rank, ``((), None)`` elsewhere."""

@@ -112,8 +112,8 @@ class Exchange:
         return MicroBatch(kind, step, micro, inputs, y, header.targets, z)
 
     def _accept(self, header: Header) -> None:
-        if header.kind == "feedback" or not 1 <= len(header.tensors) <= 2:
-            raise MessageError(f"an activation and targets were due, got {header.kind} of {header.tensors}")
+        if len(header.tensors) != {"train": 2, "eval": 1}.get(header.kind):
+            raise MessageError(f"an activation with its targets was due, got {header.kind} of {header.tensors}")
         shape = header.tensors[0][1]
         same_input = [(d, s[1:]) for d, s in header.inputs] == [(d, s[1:]) for d, s in self._example]
         if len(shape) != len(self._expected) or same_input and shape[1:] != self._expected[1:]:
@@ -141,8 +141,9 @@ class Exchange:
     def abandon(self, seconds: float) -> None:
         """End the threads for which the other side still lives; one that waits in C++ while Python ends would abort."""
         deadline = time.monotonic() + seconds
-        while not all([channel.abandon() for channel in self._channels()]) and time.monotonic() < deadline:
-            time.sleep(SLICE)
+        for channel in self._channels():
+            while not channel.abandon() and time.monotonic() < deadline:
+                time.sleep(SLICE)
 
     def _channels(self) -> list[Inbox | Outbox]:
         """Those that exist, the outgoing ones first."""

@@ -91,7 +91,7 @@ def _check(header: Header) -> None:
         value = getattr(header, name)
         if type(value) is not int or value < 0:
             raise MessageError(f"{name} must be a count, got {value!r}")
-    if header.dtype not in DTYPES:
+    if not isinstance(header.dtype, str) or header.dtype not in DTYPES:
         raise MessageError(f"the dtype of an activation must be one of {sorted(DTYPES)}, got {header.dtype!r}")
     if type(header.scale) is not float or not 0 < header.scale < math.inf:
         raise MessageError(f"the scale of an activation must be a positive number, got {header.scale!r}")
@@ -105,7 +105,8 @@ def _check(header: Header) -> None:
 
 
 def _check_description(description) -> None:
-    if not (isinstance(description, list) and len(description) == 2 and description[0] in DTYPES):
+    named = isinstance(description, list) and len(description) == 2 and isinstance(description[0], str)
+    if not named or description[0] not in DTYPES:
         raise MessageError(f"a tensor is described by a dtype, one of {sorted(DTYPES)}, and a shape: {description!r}")
     dtype, shape = description
     if not isinstance(shape, list) or len(shape) > _MAX_DIMS or any(type(n) is not int or n < 0 for n in shape):

@@ -220,7 +220,7 @@ class Part:
     def _drop_boundaries(self) -> None:
         for block, path in enumerate(self.layout.paths.values()):
             if not self.first <= block < self.last:
-                self.net.get_submodule(path).local = nn.Identity()
+                self.net.get_submodule(path).local = _NoBoundary()
 
     def _end_at(self, boundary: Boundary, hand_on: Callable[[Tensor], None]) -> None:
         learn = boundary.forward
@@ -234,6 +234,13 @@ class Part:
             raise Left
 
         boundary.forward = forward
+
+
+class _NoBoundary(nn.Module):
+    """Stands where a block of another rank ends."""
+
+    def forward(self, z: Tensor, *rest) -> Tensor:
+        return z
 
 
 class _Skipped:

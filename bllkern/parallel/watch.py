@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
 
 import torch.distributed as dist
 
+_JOBS = itertools.count()  # every rank makes the same ones in the same order, as torch asks for process groups
 SLICE = 0.05  # seconds between two looks at what may have failed
 
 
@@ -26,7 +28,7 @@ class Watch:
         self.rank = dist.get_rank()
         self.interval = min(1.0, timeout / 10)
         self._label = labels[self.rank]
-        self._store = dist.PrefixStore("bllkern.parallel", dist.distributed_c10d._get_default_store())
+        self._store = dist.PrefixStore(f"bllkern.parallel.{next(_JOBS)}", dist.distributed_c10d._get_default_store())
         self._failure: Exception | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="bllkern heartbeat", daemon=True)
