@@ -52,7 +52,7 @@ class BlockParallel:
 
     Raises: ``ValueError`` for arguments that do not fit each other or the network.  All methods raise ``ParallelError``
     that names rank and blocks within about ``timeout`` seconds when another rank dies, stalls or sends what it should
-    not.  Afterwards the process should end; :func:`bllkern.parallel.load` resumes from the last checkpoint.
+    not.  Afterwards the process should end; :func:`bllkern.parallel.load` continues from the last checkpoint.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class BlockParallel:
         self.schedule = schedules.pop()
         self.optimizers = BlockOptimizers(self.part.net, optimizer)
         self.watch = Watch(self._labels(layout.names), timeout)
+        self.group = dist.new_group(timeout=timedelta(seconds=timeout), backend="gloo")  # all ranks, for checkpoints
         self._reducers = self._average_over_rows()
         device = example[1].device
         atexit.register(self._abandon)
@@ -153,6 +154,13 @@ class BlockParallel:
         with torch.no_grad(), self._reporting():
             batch = self._take("eval", 0, self._split(x, None, 1)[0], {})
             return self.part(batch.inputs, batch.z)
+
+    def block_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """The optimizer of each block of this rank that learns, by the block's name; that of what follows: "output"."""
+        own = {block.name: block.optimizer for block in boundaries(self.part.net).values()}
+        rest = [optimizer for optimizer in self.optimizers if optimizer not in own.values()]
+        found = {**own, "output": rest[0] if rest else None}
+        return {name: optimizer for name, optimizer in found.items() if optimizer is not None}
 
     def local_losses(self) -> dict[str, Tensor]:
         """The local losses of this rank's blocks in its last micro-batch, as :func:`bllkern.local_losses`."""
