@@ -10,7 +10,7 @@ import textwrap
 
 from .. import models, objectives
 from ..execution.schedules import SCHEDULES
-from . import compare, info, train
+from . import block_parallel, compare, info, train
 from .errors import UserError
 
 IMAGE_MODELS = [name for name, model in models.MODELS.items() if model.rank != 1]
@@ -105,12 +105,20 @@ def _objective_options() -> str:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=train.run, command="train")
+    parser.set_defaults(run=_train, command="train")
     _add_protocol(parser)
     parser.add_argument("--objective", default="bll", choices=sorted(objectives.OBJECTIVES), help="default: bll")
     _add_option(parser, "NAME=VALUE", "an option of the objective, such as family=bernoulli; may be repeated")
     parser.add_argument("--output", metavar="DIR", help="folder for checkpoint, metrics, weights; default: none")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --output")
+
+
+    parallel = "ranks that share the blocks, under torchrun; ranks left over train on other parts of each batch"
+    parser.add_argument("--block-parallel", type=_positive_int, metavar="K", help=parallel)
+
+
+def _train(args: argparse.Namespace) -> int:
+    return (train if args.block_parallel is None else block_parallel).run(args)
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ leaves the checkpoint before as the newest.
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,18 +16,21 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from .block_parallel import BlockParallel
 
 _NAME = re.compile(r"step-(\d{8,})")
 
 
-def save(parallel: BlockParallel, folder: str | Path) -> Path:
-    """Write a checkpoint of the step reached into ``folder``; to be called by all ranks.  Returns its path."""
+def save(parallel: BlockParallel, folder: str | Path, **extra: Tensor) -> Path:
+    """Write a checkpoint of the step reached into ``folder``; to be called by all ranks.  Returns its path.
+
+    ``extra``: tensors of the caller's, the same on all ranks.
+    """
     path = Path(folder) / f"step-{parallel.steps:08d}"
     state = {f"net.{name}": tensor for name, tensor in parallel.part.tensors().items()}
     state |= _optimizer_tensors(parallel) | _groups(parallel)
+    state |= {f"extra.{name}": tensor for name, tensor in extra.items()}
     state[_random()] = torch.get_rng_state()
     with _together(parallel) as group:
         dcp.save(state, checkpoint_id=path, process_group=group)
@@ -41,16 +45,14 @@ def newest(folder: str | Path) -> Path | None:
     return max(found, key=_steps, default=None)
 
 
-def load(parallel: BlockParallel, folder: str | Path) -> int:
+def load(parallel: BlockParallel, folder: str | Path, **extra: Tensor) -> int:
     """Continue from the newest checkpoint in ``folder``, whatever number of ranks wrote it; to be called by all ranks.
 
-    Returns the number of steps done, 0 where there is no checkpoint.  Random numbers continue if the number of ranks is
-    the same.  Raises ``ValueError`` for a checkpoint of another network.
+    Returns the number of steps done, 0 where there is no checkpoint.  ``extra`` is overwritten with what was saved.
+    Random numbers continue if the number of ranks is the same.  Raises ``ValueError`` for a checkpoint of another network.
     """
     chosen = [newest(folder)]
-    dist.broadcast_object_list(
-        chosen, src=0, group=parallel.group
-    )  # one that is complete on rank 0 is: it writes the metadata
+    dist.broadcast_object_list(chosen, src=0, group=parallel.group)  # rank 0 writes the metadata, so it knows
     if chosen[0] is None:
         return 0
     path = chosen[0]
@@ -61,7 +63,7 @@ def load(parallel: BlockParallel, folder: str | Path) -> int:
     if missing or wrong:
         raise ValueError(f"{path} is of another network: it lacks {missing}, has other shapes for {wrong}")
     state = own | {name: _room(stored[name]) for name in _optimizer_names(parallel, stored)}
-    state |= _groups(parallel)
+    state |= _groups(parallel) | {f"extra.{name}": tensor for name, tensor in extra.items()}
     if _random() in stored:
         state[_random()] = torch.get_rng_state()
     with _together(parallel) as group:
@@ -76,7 +78,7 @@ def _together(parallel: BlockParallel):
     """All ranks as a process group; what fails in it is the fault of one that is lost."""
     try:
         yield parallel.group
-    except (RuntimeError, CheckpointException) as error:
+    except RuntimeError as error:
         raise parallel.watch.lost(dist.get_process_group_ranks(parallel.group), error) from error
 
 
@@ -115,13 +117,11 @@ def _room(stored) -> Tensor:
     return torch.empty(stored.size, dtype=stored.properties.dtype)
 
 
-def _groups(parallel: BlockParallel) -> dict[str, list]:
-    """The options of each block's optimizer, learning rates among them."""
+def _groups(parallel: BlockParallel) -> dict[str, str]:
+    """The options of each block's optimizer, learning rates among them, as JSON: torch would take a list apart."""
     return {
-        f"options.{block}": [
-            {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
-        ]
-        for block, optimizer in parallel.block_optimizers().items()
+        f"options.{block}": json.dumps([{k: v for k, v in group.items() if k != "params"} for group in o.param_groups])
+        for block, o in parallel.block_optimizers().items()
     }
 
 
@@ -132,7 +132,7 @@ def _restore(parallel: BlockParallel, state: dict) -> None:
         name, _, entry = key.removeprefix("optimizer.").rpartition("/")
         owners[names[name]].state[names[name]][entry] = state[key]
     for block, optimizer in parallel.block_optimizers().items():
-        for group, options in zip(optimizer.param_groups, state[f"options.{block}"], strict=True):
+        for group, options in zip(optimizer.param_groups, json.loads(state[f"options.{block}"]), strict=True):
             group.update(options)
     if _random() in state:
         torch.set_rng_state(state[_random()])
