@@ -1,4 +1,4 @@
-"""The command line: ``bllkern train``, ``bllkern compare``, ``bllkern info``."""
+"""The command line: ``bllkern train``, ``bllkern compare``, ``bllkern plan``, ``bllkern info``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import textwrap
 
 from .. import models, objectives
 from ..execution.schedules import SCHEDULES
-from . import block_parallel, compare, info, train
+from . import block_parallel, compare, info, plan, train
 from .errors import UserError
 
 IMAGE_MODELS = [name for name, model in models.MODELS.items() if model.rank != 1]
@@ -22,6 +22,7 @@ examples:
   bllkern train --objective bwbpf --output out --resume
   bllkern train --data cifar10 --data-dir ~/data --model resnet18 --cuts 4 --epochs 20
   bllkern compare --objectives backprop,bll,bwbpf --seeds 3 --output figures
+  bllkern plan --model resnet50 --devices 4096 --bandwidth 100M
   bllkern info                                    versions, what was built, which backend runs what
 """
 TRAIN_EXAMPLES = """\
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(_command(commands, "train", "train one network", TRAIN_EXAMPLES + _objective_options()))
     title = "train under several objectives and compare them"
     _add_compare(_command(commands, "compare", title, COMPARE_EXAMPLES + _objective_options()))
+    _add_plan(_command(commands, "plan", "predict steps on many devices from blocks measured here", None))
     info_parser = _command(commands, "info", "versions, what was built, which backend runs what", None)
     info_parser.set_defaults(run=info.run, command="info")
     return parser
@@ -134,6 +136,27 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=_positive_int, default=3, metavar="N", help="from --seed on; default: 3")
     _add_option(parser, "OBJECTIVE.NAME=VALUE", "an option of one, such as bll.family=bernoulli; may be repeated")
     parser.add_argument("--output", metavar="DIR", default="bllkern-compare", help="default: bllkern-compare")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=plan.run, command="plan")
+    add = parser.add_argument
+    add("--model", default="resnet18", choices=sorted(models.MODELS), metavar="NAME", help="default: resnet18")
+    add("--objective", default="bll", choices=plan.OBJECTIVES, help="of the blocks; default: bll")
+    add("--cuts", type=_cuts, metavar="CUTS", help="modules, comma separated, or how many blocks; default: the stages")
+    add("--devices", type=_positive_int, default=1024, metavar="N", help="up to so many; default: 1024")
+    add("--bandwidth", type=_bandwidth, default=1e9, metavar="B", help="bits per second of a link, as 100M; default: 1G")
+    add("--latency", type=_non_negative_float, default=0.0, metavar="S", help="seconds of a link; default: 0")
+    add("--batch-size", type=_positive_int, default=16, metavar="N", help="of a micro-batch; default: 16")
+    add("--micro-batches", type=_positive_int, default=4, metavar="N", help="in a step; default: 4")
+    add("--seed", type=_seed, default=0, metavar="N", help="of weights and inputs; default: 0")
+    add("--threads", type=_positive_int, metavar="N", help="CPU threads; default: torch's choice")
+    add("--output", metavar="DIR", default="bllkern-plan", help="default: bllkern-plan")
+
+
+def _bandwidth(text: str) -> float:
+    scale = {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:])
+    return _positive_float(text if scale is None else text[:-1]) * (scale or 1)
 
 
 def _add_protocol(parser: argparse.ArgumentParser) -> None:

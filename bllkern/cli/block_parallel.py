@@ -23,7 +23,7 @@ from .loop import EVALUATION_BATCH, REPORT_EVERY, Epoch, Training, _finite, _Mea
 from .measure import human_bytes, human_time
 from .train import _print_row, recipe_of
 
-TIMEOUT = 120.0  # seconds that a rank may let the others wait
+TIMEOUT = 60.0  # seconds that a rank may let the others wait
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,7 +48,12 @@ def _join(ranks: int) -> DeviceMesh:
     """The process group that torchrun describes, as a mesh (data, blocks)."""
     if "WORLD_SIZE" not in os.environ:
         raise UserError("--block-parallel needs torchrun: torchrun --nproc-per-node N -m bllkern train ...")
-    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
+    limit = timedelta(seconds=TIMEOUT)
+    store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+    # torchrun's store outlives a restart, and holds the addresses of the ranks before (pytorch issue 135712)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"bllkern attempt {attempt}", store)
+    dist.init_process_group("gloo", timeout=limit, store=store, rank=rank, world_size=size)
     if dist.get_world_size() % ranks:
         raise UserError(f"--block-parallel must divide the number of processes, {dist.get_world_size()}, got {ranks}")
     return init_device_mesh("cpu", (dist.get_world_size() // ranks, ranks), mesh_dim_names=("data", "blocks"))

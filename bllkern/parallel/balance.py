@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..cuts import balanced
@@ -57,10 +56,3 @@ def named(after: Sequence[str], names: list[str], ranks: int) -> list[int]:
     if len(after) != ranks - 1 or starts != sorted(set(starts)):
         raise ValueError(f"after must name the last blocks of {ranks - 1} ranks in order, got {list(after)}")
     return starts
-
-
-def agreed(starts: list[int]) -> list[int]:
-    """What rank 0 found: every rank measures its own seconds."""
-    shared = [starts]
-    dist.broadcast_object_list(shared, src=0)
-    return shared[0]

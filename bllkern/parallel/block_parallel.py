@@ -9,6 +9,7 @@ anything the other way, once per step; ``staleness`` says how old it may be.
 from __future__ import annotations
 
 import atexit
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,7 +28,7 @@ from .exchange import Exchange, MicroBatch
 from .messages import COMPRESSIONS, MessageError
 from .part import Layout, Part
 from .reduce import Reducer, broadcast
-from .watch import ParallelError, Watch
+from .watch import ParallelError, Watch, agreed
 
 
 class BlockParallel:
@@ -80,14 +81,14 @@ class BlockParallel:
             self.starts = balance.named(after, layout.names, len(self.rows[0]))
         else:
             costs = balance.block_seconds(net, inputs, example[1], loss)
-            self.starts = balance.agreed(balance.assign(costs, len(self.rows[0])))
+            self.starts = agreed(balance.assign(costs, len(self.rows[0])))
         self.part = Part(net, layout, *self.starts[self.place : self.place + 2], self._hand_on)
         schedules = {boundary.schedule for boundary in boundaries(net).values()}
         if len(schedules) > 1:
             raise ValueError(f"schedule must be the same for all blocks, got {sorted(schedules)}")
         self.schedule = schedules.pop()
         self.optimizers = BlockOptimizers(self.part.net, optimizer)
-        self.watch = Watch(self._labels(layout.names), timeout)
+        self.watch = Watch(self._labels(layout.names), timeout, agreed(uuid.uuid4().hex))
         self.group = dist.new_group(timeout=timedelta(seconds=timeout), backend="gloo")  # all ranks, for checkpoints
         self._reducers = self._average_over_rows()
         device = example[1].device
@@ -185,7 +186,7 @@ class BlockParallel:
     def _abandon(self, error: Exception | None = None) -> None:
         """Where there is no closing any more: tell the others, and end the threads."""
         self.watch.report(error or RuntimeError("ended without BlockParallel.close()"))
-        self._exchange.abandon(self.watch.timeout)
+        self._exchange.abandon(5 * self.watch.interval)  # the others look for failures once per interval
         self.watch.stop()
         atexit.unregister(self._abandon)
 

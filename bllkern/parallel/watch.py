@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections.abc import Callable
 
 import torch.distributed as dist
 
-_JOBS = itertools.count()  # every rank makes the same ones in the same order, as torch asks for process groups
 SLICE = 0.05  # seconds between two looks at what may have failed
+
+
+def agreed(value):
+    """What rank 0 has."""
+    shared = [value]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 class ParallelError(RuntimeError):
@@ -21,14 +26,15 @@ class Watch:
     """Beats for this rank, waits for others with a limit, and says whose fault it is when that is exceeded.
 
     Args: labels: what each rank of the job is, by rank.  timeout: seconds that a rank may keep the others waiting.
+    name: of the job in the store, which may hold what an earlier attempt has left.
     """
 
-    def __init__(self, labels: dict[int, str], timeout: float):
+    def __init__(self, labels: dict[int, str], timeout: float, name: str):
         self.labels, self.timeout = labels, timeout
         self.rank = dist.get_rank()
         self.interval = min(1.0, timeout / 10)
         self._label = labels[self.rank]
-        self._store = dist.PrefixStore(f"bllkern.parallel.{next(_JOBS)}", dist.distributed_c10d._get_default_store())
+        self._store = dist.PrefixStore(f"bllkern.parallel.{name}", dist.distributed_c10d._get_default_store())
         self._failure: Exception | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="bllkern heartbeat", daemon=True)
