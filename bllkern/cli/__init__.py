@@ -1,4 +1,4 @@
-"""The command line: ``bllkern train``, ``compare``, ``split``, ``reproduce``, ``info``."""
+"""The command line: ``bllkern train``, ``compare``, ``split``, ``reproduce``, ``plan``, ``info``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .. import cuts_file, models, objectives
 from ..execution.schedules import SCHEDULES
-from . import compare, info, published, reproduce, split, train
+from . import block_parallel, compare, info, plan, published, reproduce, split, train
 from .data import AUGMENTATIONS, DATASETS
 from .errors import UserError
 from .presets import PRESETS
@@ -25,6 +25,7 @@ examples:
   bllkern compare --objectives backprop,bll,bwbpf --seeds 3 --output figures
   bllkern split resnet20 --blocks 4 --data cifar10 --data-dir ~/data --output r20.json
   bllkern reproduce bwbpf --scale cpu --data-dir ~/data
+  bllkern plan --model resnet50 --devices 4096 --bandwidth 100M
   bllkern info                                    versions, what was built, which backend runs what
 """
 TRAIN_EXAMPLES = """\
@@ -121,6 +122,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _add_split(_command(commands, "split", title, SPLIT_EXAMPLES))
     title = "a paper's table, beside what is measured here"
     _add_reproduce(_command(commands, "reproduce", title, REPRODUCE_EXAMPLES))
+    _add_plan(_command(commands, "plan", "predict steps on many devices from blocks measured here", None))
     info_parser = _command(commands, "info", "versions, what was built, which backend runs what", None)
     info_parser.set_defaults(run=info.run, command="info")
     return parser, commands.choices
@@ -160,13 +162,21 @@ def _objective_options() -> str:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=train.run, command="train", preset_options={})
+    parser.set_defaults(run=_train, command="train", preset_options={})
     _add_protocol(parser)
     names = sorted(objectives.OBJECTIVES)
     parser.add_argument("--objective", choices=names, help="default: that of the file of cuts, or bll")
     _add_option(parser, "NAME=VALUE", "an option of the objective, such as family=bernoulli; may be repeated")
     parser.add_argument("--output", metavar="DIR", help="folder for checkpoint, metrics, weights; default: none")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --output")
+
+
+    parallel = "ranks that share the blocks, under torchrun; ranks left over train on other parts of each batch"
+    parser.add_argument("--block-parallel", type=_positive_int, metavar="K", help=parallel)
+
+
+def _train(args: argparse.Namespace) -> int:
+    return (train if args.block_parallel is None else block_parallel).run(args)
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
@@ -210,6 +220,27 @@ def _add_reproduce(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=_positive_int, metavar="N", help="default: those of the scale")
     add("--output", metavar="DIR", default="bllkern-reproduce", help="default: bllkern-reproduce")
     _add_machine(parser)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=plan.run, command="plan")
+    add = parser.add_argument
+    add("--model", default="resnet18", choices=sorted(models.MODELS), metavar="NAME", help="default: resnet18")
+    add("--objective", default="bll", choices=plan.OBJECTIVES, help="of the blocks; default: bll")
+    add("--cuts", type=_cuts, metavar="CUTS", help="modules, comma separated, or how many blocks; default: the stages")
+    add("--devices", type=_positive_int, default=1024, metavar="N", help="up to so many; default: 1024")
+    add("--bandwidth", type=_bandwidth, default=1e9, metavar="B", help="bits per second of a link, as 100M; default: 1G")
+    add("--latency", type=_non_negative_float, default=0.0, metavar="S", help="seconds of a link; default: 0")
+    add("--batch-size", type=_positive_int, default=16, metavar="N", help="of a micro-batch; default: 16")
+    add("--micro-batches", type=_positive_int, default=4, metavar="N", help="in a step; default: 4")
+    add("--seed", type=_non_negative_int, default=0, metavar="N", help="of weights and inputs; default: 0")
+    add("--threads", type=_positive_int, metavar="N", help="CPU threads; default: torch's choice")
+    add("--output", metavar="DIR", default="bllkern-plan", help="default: bllkern-plan")
+
+
+def _bandwidth(text: str) -> float:
+    scale = {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:])
+    return _positive_float(text if scale is None else text[:-1]) * (scale or 1)
 
 
 def _add_protocol(parser: argparse.ArgumentParser) -> None:
