@@ -12,6 +12,7 @@ from .blocks import (
     Boundary,
 )
 from .convert import convert, unwrap
+from .execution.streams import serial
 from .execution.targets import targets
 from .isolation import assert_isolated
 from .network import local_loss, local_losses, optimizers
@@ -36,6 +37,7 @@ __all__ = [
     "models",
     "objectives",
     "optimizers",
+    "serial",
     "targets",
     "unwrap",
 ]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import objectives
-from .execution import schedules, sizing
+from .execution import schedules, sizing, streams
 from .execution.targets import current
 from .objectives.terms import total
 
@@ -50,6 +50,7 @@ class Boundary(nn.Module):
         self.optimizer: torch.optim.Optimizer | None = None
         self.loss: Tensor | None = None  # of the last step, detached
         self.step: object = None  # the targets of that step
+        self.repeated = False  # passed several times in one step
         self.pending: list[Tensor] = []  # losses that wait for local_loss (deferred)
         self.pending_step: object = None
 
@@ -65,6 +66,7 @@ class Boundary(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             return z
         target = current()
+        ready = streams.arrive(self, args, kwargs or {})
         with torch.autocast(z.device.type, enabled=False):
             terms = self.objective(z, target, lambda std: _rerun(block, args, kwargs or {}, std))
             loss = total(terms, target.scale)
@@ -75,7 +77,9 @@ class Boundary(nn.Module):
                 return z
             if getattr(self.options, "bootstrapping", False):
                 z = self.objective.posterior(z.detach(), target)
-            return z.detach()
+            z = z.detach()
+        streams.leave(z, ready)
+        return z
 
     def _remember(self, loss: Tensor, step: object) -> None:
         """Keep the loss of this step; a boundary that is passed several times in one step adds them up."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import cuts as cuts_module
 from .blocks import BlockLocal, Boundary
-from .execution import sizing
+from .execution import sizing, streams
 from .network import boundaries
 
 
@@ -56,6 +56,7 @@ def convert(
 
     converted = _replace(net, {name: end_block for name in names})
     _chain(converted)
+    streams.attach(converted)
     if example is not None:
         sizing.size(converted, *inputs)
     return converted
@@ -68,7 +69,9 @@ def unwrap(net: nn.Module) -> nn.Module:
     local = {
         path: _plain for path, module in net.named_modules() if isinstance(getattr(module, "local", None), Boundary)
     }
-    return _replace(net, local)
+    plain = _replace(net, local)
+    streams.detach(plain)
+    return plain
 
 
 def _plain(path: str, module: nn.Module) -> nn.Module:
@@ -131,7 +134,7 @@ def _shallow(module: nn.Module) -> nn.Module:
     for name, value in module.__dict__.items():
         if isinstance(value, MethodType) and value.__self__ is module:
             value = MethodType(value.__func__, copy)
-        elif isinstance(value, (dict, OrderedDict)) and (name == "_modules" or name.endswith("_hooks")):
+        elif isinstance(value, (dict, OrderedDict)) and (name == "_modules" or "_hooks" in name):
             value = value.copy()
         copy.__dict__[name] = value
     return copy
