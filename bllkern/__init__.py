@@ -12,6 +12,7 @@ from .blocks import (
     Boundary,
 )
 from .convert import convert, unwrap
+from .execution.capture import capture
 from .execution.streams import serial
 from .execution.targets import targets
 from .isolation import assert_isolated
@@ -29,6 +30,7 @@ __all__ = [
     "assert_isolated",
     "backend",
     "backends",
+    "capture",
     "convert",
     "families",
     "functional",

@@ -205,6 +205,7 @@ def running() -> Pass | None:
 
 @torch.compiler.disable
 def _begin(net: nn.Module, args: tuple) -> None:
+    _end(net, args, None)  # a pass that was interrupted from the keyboard
     step = targets.given()
     if step is not None and net.training and torch.is_grad_enabled() and not _serial.get() and running() is None:
         _running.set(Pass(net, of(step.y.device)))
