@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import objectives
 from .execution import schedules, sizing, streams
+from .execution.offload import Offload
 from .execution.targets import current
 from .objectives.terms import total
 
@@ -50,6 +51,7 @@ class Boundary(nn.Module):
         self.optimizer: torch.optim.Optimizer | None = None
         self.loss: Tensor | None = None  # of the last step, detached
         self.step: object = None  # the targets of that step
+        self.offload: Offload | None = None  # set by convert
         self.repeated = False  # passed several times in one step
         self.pending: list[Tensor] = []  # losses that wait for local_loss (deferred)
         self.pending_step: object = None
@@ -64,7 +66,7 @@ class Boundary(nn.Module):
         if sizing.active():
             return sizing.visit(self, z)
         if not (self.training and torch.is_grad_enabled()):
-            return z
+            return self._hand_on(z)
         target = current()
         ready = streams.arrive(self, args, kwargs or {})
         with torch.autocast(z.device.type, enabled=False):
@@ -78,7 +80,15 @@ class Boundary(nn.Module):
             if getattr(self.options, "bootstrapping", False):
                 z = self.objective.posterior(z.detach(), target)
             z = z.detach()
+        return self._hand_on(z, ready)
+
+    def _hand_on(self, z: Tensor, ready: object = None) -> Tensor:
+        """The block is done: its weights may go, and the next one begins."""
+        if self.offload is not None:
+            self.offload.leave(self)
         streams.leave(z, ready)
+        if self.offload is not None:
+            self.offload.enter()
         return z
 
     def _remember(self, loss: Tensor, step: object) -> None:

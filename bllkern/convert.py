@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import cuts as cuts_module
 from .blocks import BlockLocal, Boundary
+from .execution import offload as offloading
 from .execution import sizing, streams
 from .network import boundaries
 
@@ -27,6 +28,7 @@ def convert(
     objective="bll",
     schedule: str | None = None,
     example: Tensor | tuple | None = None,
+    offload: str | None = None,
 ) -> nn.Module:
     """A block-local network with the parameters of ``net``, cut after the named modules.
 
@@ -39,12 +41,16 @@ def convert(
         objective: a name or a :class:`bllkern.objectives.Objective`.
         schedule: ``"eager"`` (default), ``"deferred"`` or ``"immediate"``.
         example: an input, or a tuple of positional inputs, that gives heads and feedback their size now.
+        offload: ``"cpu"`` for a network that is larger than the device: weights and optimizer states stay on the CPU,
+            where ``net`` and ``example`` are, and come to the device of the input for one visit per step; see
+            :mod:`bllkern.execution.offload`.  Goes with schedule ``"immediate"``.
 
     Raises: ``ValueError`` for a cut that does not exist (with the nearest names), stands twice, or lies in a module
     that the network uses in several places; for too many blocks.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+    schedule = offloading.check(offload, schedule, example)
     inputs = example if isinstance(example, tuple) else () if example is None else (example,)
     names = cuts_module.even(net, cuts, inputs) if isinstance(cuts, int) else list(cuts)
     _check_names(net, names)
@@ -59,6 +65,8 @@ def convert(
     streams.attach(converted)
     if example is not None:
         sizing.size(converted, *inputs)
+    if offload is not None:
+        offloading.Offload(converted, inputs)
     return converted
 
 
@@ -71,6 +79,7 @@ def unwrap(net: nn.Module) -> nn.Module:
     }
     plain = _replace(net, local)
     streams.detach(plain)
+    offloading.detach(plain)
     return plain
 
 

@@ -40,7 +40,7 @@ def visit(boundary: Boundary, z: Tensor) -> Tensor:
 
 
 @contextmanager
-def _as_in_eval(net: nn.Module):
+def as_in_eval(net: nn.Module):
     """Eval mode, so that no running statistic and no random state moves; then every module's own mode again."""
     modes = {module: module.training for module in net.modules()}
     net.eval()
@@ -59,7 +59,7 @@ def size(net: nn.Module, *args, **kwargs) -> None:
     run = _Pass()
     token = _running.set(run)
     try:
-        with _as_in_eval(net), torch.enable_grad():
+        with as_in_eval(net), torch.enable_grad():
             net(*args, **kwargs)
         for boundary, z in reversed(run.visits):
             boundary.objective.initialize(z)
