@@ -94,7 +94,8 @@ def peak(run):
     return max(itertools.accumulate(event.nbytes() for event in memory))
 
 
-def test_a_network_above_the_cap_trains_below_it():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_network_above_the_cap_trains_below_it(autocast):
     """What a step allocates, on a CPU that plays the device, is what would have to fit there."""
     width, depth = 256, 12
     net = nn.Sequential(*[nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(depth)], nn.Linear(width, 5))
@@ -108,9 +109,10 @@ def test_a_network_above_the_cap_trains_below_it():
     total = sum(t.nbytes for t in [*net.parameters(), *states])
     cap = total // 3
     before = [p.clone() for p in net.parameters()]
-    assert peak(lambda: step(net, optimizers, x, y)) < cap
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert peak(lambda: step(net, optimizers, x, y)) < cap
     assert all(not torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True))
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert peak(lambda: net.eval()(x)) < cap // 3
 
 
@@ -129,6 +131,7 @@ def test_checkpoints_tell_the_truth():
     for key, value in resident.state_dict().items():
         torch.testing.assert_close(net.state_dict()[key], value, rtol=0, atol=1e-10)
     plain = bllkern.unwrap(net)
+    assert not plain._forward_pre_hooks and not plain._forward_hooks
     assert torch.equal(plain.eval()(x), net.eval()(x))
 
 

@@ -112,6 +112,7 @@ class Offload:
                 f"offload: {boundary.label} came where the example had "
                 f"{'the output' if expected is None else expected.label}: blocks must be visited in the same order"
             )
+        torch.clear_autocast_cache()  # holds a copy of every weight that was cast, until autocast ends
         self._take_back(self.blocks[self.visited])
         self.visited += 1
         self._bring(self.visited + 1)
