@@ -46,7 +46,7 @@ class Residual(nn.Module):
 
     def forward(self, x, scale=None):
         z = x + F.relu(self.linear(self.norm(x)))
-        return z if scale is None else z * scale
+        return z if scale is None else z * scale[0]
 
 
 class Scaled(Deep):
@@ -57,7 +57,7 @@ class Scaled(Deep):
         for i, block in enumerate(self.blocks):
             x = block(x, scale)
             if i == 1:
-                scale = torch.sigmoid(x)
+                scale = (torch.sigmoid(x),)
         return self.head(x)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import sizing, streams
 
@@ -97,7 +98,7 @@ class Offload:
         if sizing.active():
             return
         self._take_back_all()
-        self.device = next(x.device for x in [*args, *kwargs.values()] if isinstance(x, Tensor))
+        self.device = next((x.device for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)), self.device)
         self.training = net.training and torch.is_grad_enabled()
         self.visited = 0
         self._bring(0)
