@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import objectives
 from .execution import schedules, sizing, streams
+from .execution.offload import Offload
 from .execution.targets import current
 from .objectives.terms import total
 
@@ -55,6 +56,7 @@ class Boundary(nn.Module):
         self.optimizer: torch.optim.Optimizer | None = None
         self.loss: Tensor | None = None  # of the last step, detached
         self.step: object = None  # the targets of that step
+        self.offload: Offload | None = None  # set by convert
         self.repeated = False  # passed several times in one step
         self.pending: list[Tensor] = []  # losses that wait for local_loss (deferred)
         self.pending_step: object = None
@@ -69,7 +71,7 @@ class Boundary(nn.Module):
         if sizing.active():
             return sizing.visit(self, z)
         if not (self.training and torch.is_grad_enabled()):
-            return z
+            return self._hand_on(z)
         target = current()
         if not self.options.local:
             schedules.discover(self, z, target.owners)
@@ -85,8 +87,16 @@ class Boundary(nn.Module):
             if getattr(self.options, "bootstrapping", False):
                 onwards = self.objective.posterior(onwards, target)  # of this step's messages, whatever steps below
             schedules.SCHEDULES[self.schedule](self, z, loss)
-        streams.leave(onwards, ready)
-        return onwards
+        return self._hand_on(onwards, ready)
+
+    def _hand_on(self, z: Tensor, ready: object = None) -> Tensor:
+        """The block is done: its weights may go, and the next one begins."""
+        if self.offload is not None:
+            self.offload.leave(self)
+        streams.leave(z, ready)
+        if self.offload is not None:
+            self.offload.enter()
+        return z
 
     @torch.compiler.disable
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import cuts as cuts_module
 from . import cuts_file, objectives
 from .blocks import BlockLocal, Boundary
+from .execution import offload as offloading
 from .execution import sizing, streams
 from .network import boundaries
 from .objectives.alignment import watch_output
@@ -31,6 +32,7 @@ def convert(
     schedule: str | None = None,
     example: Tensor | tuple | None = None,
     balance: str = "flops",
+    offload: str | None = None,
 ) -> nn.Module:
     """A block-local network with the parameters of ``net``, cut after the named modules.
 
@@ -48,6 +50,9 @@ def convert(
         balance: with a number of blocks, what to divide evenly: ``"flops"``, the floating-point operations, or
             ``"memory"``, the most bytes of activations and gradients that training holds at a time under schedule
             ``"immediate"``; needs an ``example`` of the batch size to train with.
+        offload: ``"cpu"`` for a network that is larger than the device: weights and optimizer states stay on the CPU,
+            where ``net`` and ``example`` are, and come to the device of the input for one visit per step; see
+            :mod:`bllkern.execution.offload`.  Goes with schedule ``"immediate"``.
 
     Raises: ``ValueError`` for a cut that does not exist (with the nearest names), stands twice, or lies in a module
     that the network uses in several places; for too many blocks; for another ``balance``; for a malformed file, naming
@@ -58,6 +63,7 @@ def convert(
     if isinstance(cuts, (str, os.PathLike)):
         cuts, objective = _from_file(cuts, objective)
     objective = "bll" if objective is None else objective
+    schedule = offloading.check(offload, schedule, example)
     inputs = example if isinstance(example, tuple) else () if example is None else (example,)
     options = objectives.get(objective)
     names = cuts_module.even(net, cuts, inputs, balance) if isinstance(cuts, int) else list(cuts)
@@ -79,6 +85,8 @@ def convert(
         watch_output(converted)
     if example is not None:
         sizing.size(converted, *inputs)
+    if offload is not None:
+        offloading.Offload(converted, inputs)
     return converted
 
 
@@ -102,6 +110,7 @@ def unwrap(net: nn.Module) -> nn.Module:
     }
     plain = _replace(net, local)
     streams.detach(plain)
+    offloading.detach(plain)
     return plain
 
 

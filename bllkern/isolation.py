@@ -76,11 +76,13 @@ class _Watch:
 
     def changed(self) -> set[int]:
         found = set()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # with offload, weights are on their way
         for p in self._net.parameters():
             now = (
                 (None, None)
                 if nn.parameter.is_lazy(p)
-                else (p.detach().clone(), None if p.grad is None else p.grad.clone())
+                else (_on_host(p.detach()), None if p.grad is None else _on_host(p.grad))
             )
             before = self._seen.get(id(p), (None, None))
             # a parameter that only now gets its size has not moved
@@ -88,6 +90,10 @@ class _Watch:
                 found.add(id(p))
             self._seen[id(p)] = now
         return found
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", copy=True)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

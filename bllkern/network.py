@@ -62,6 +62,7 @@ class BlockOptimizers:
         self._boundaries = [b for b in boundaries(net).values() if b.objective is not None]
         self._output: torch.optim.Optimizer | None = None
         self._complete = False
+        self._offload = next((b.offload for b in self._boundaries if b.offload is not None), None)
         for boundary in self._boundaries:
             boundary.optimizer, boundary.optimizer_factory = None, factory
         self._build()
@@ -82,6 +83,8 @@ class BlockOptimizers:
         if self._output is None and rest:
             self._output = self._factory(rest)
         self._complete = True
+        if self._offload is not None:
+            self._offload.output_optimizer = self._output
         return True
 
     def __iter__(self) -> Iterable[torch.optim.Optimizer]:
@@ -96,14 +99,25 @@ class BlockOptimizers:
             raise RuntimeError("the blocks are not known yet: pass example= to convert, or run a training step first")
         return list(self)
 
+    def _on_host(self) -> list[torch.optim.Optimizer]:
+        """All optimizers; what offload takes back to the CPU has arrived there."""
+        if self._offload is not None:
+            self._offload.synchronize()
+        return self._all()
+
     def step(self) -> None:
-        """Step the output block and every block that does not step itself (schedule ``"immediate"``)."""
+        """Step the output block and every block that does not step itself (schedule ``"immediate"``).
+
+        With ``offload`` the output block goes back to the CPU then, without its gradients.
+        """
         self._all()
         for boundary in self._boundaries:
             if boundary.schedule != "immediate" and boundary.optimizer is not None:
                 boundary.optimizer.step()
         if self._output is not None:
             self._output.step()
+        if self._offload is not None:
+            self._offload.finish()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of all blocks."""
@@ -115,11 +129,11 @@ class BlockOptimizers:
 
     def state_dict(self) -> dict:
         """The state of every optimizer, in the order of iteration."""
-        return {"optimizers": [optimizer.state_dict() for optimizer in self._all()]}
+        return {"optimizers": [optimizer.state_dict() for optimizer in self._on_host()]}
 
     def load_state_dict(self, state: dict) -> None:
         """Restore :meth:`state_dict`.  Raises ``ValueError`` where the number of optimizers differs."""
-        optimizers, states = self._all(), state["optimizers"]
+        optimizers, states = self._on_host(), state["optimizers"]
         if len(optimizers) != len(states):
             raise ValueError(f"state must hold {len(optimizers)} optimizers, got {len(states)}")
         for optimizer, one in zip(optimizers, states, strict=True):

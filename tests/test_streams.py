@@ -46,7 +46,7 @@ class Residual(nn.Module):
 
     def forward(self, x, scale=None):
         z = x + F.relu(self.linear(self.norm(x)))
-        return z if scale is None else z * scale
+        return z if scale is None else z * scale[0]
 
 
 class Scaled(Deep):
@@ -57,7 +57,7 @@ class Scaled(Deep):
         for i, block in enumerate(self.blocks):
             x = block(x, scale)
             if i == 1:
-                scale = torch.sigmoid(x)
+                scale = (torch.sigmoid(x),)
         return self.head(x)
 
 
@@ -210,15 +210,16 @@ class SlowResidual(Residual):
 
 
 class Dropping(streams.CudaStreams if torch.cuda.is_available() else streams.NoStreams):
-    """The streams of the GPU without wait number ``dropped``."""
+    """The streams of the GPU without wait number ``dropped`` of a block, or without those of the caller (``"end"``)."""
 
     def __init__(self, device, dropped):
         super().__init__(device)
         self.dropped, self.waits = dropped, 0
 
     def wait(self, stream, event):
-        self.waits += 1
-        if self.waits - 1 != self.dropped:
+        number = self.waits if stream in self.blocks else "end"
+        self.waits += stream in self.blocks
+        if number != self.dropped:
             super().wait(stream, event)
 
 
@@ -263,7 +264,7 @@ def test_gpu_streams_give_the_serial_result(monkeypatch, model, objective, sched
 def test_gpu_goes_wrong_without_any_one_wait(monkeypatch):
     expected, _ = trained_on_gpu(monkeypatch, Deep, "bwbpf", "eager", slow=True, serial=True)
     _, waits = trained_on_gpu(monkeypatch, Deep, "bwbpf", "eager", slow=True)
-    for dropped in range(waits):
+    for dropped in (*range(waits), "end"):
         weights, _ = trained_on_gpu(monkeypatch, Deep, "bwbpf", "eager", slow=True, dropped=dropped)
         assert not torch.allclose(weights, expected, rtol=1e-4, atol=1e-6), f"wait {dropped} of {waits}"
 

@@ -7,7 +7,9 @@ and for nothing else.  The chain of feedback messages, which needs no activation
 returns, the caller's stream waits for all of them: outside of it nobody meets another stream.
 
 Memory: torch's allocator gives what was freed to its stream again, in the order of that stream.  What another stream
-reads too is named to it (``record_stream``).  Nothing is allocated on the caller's stream until the network returns.
+reads too is named to it (``record_stream``): the activation, the messages, and the arguments of the module at a
+boundary, which may come from any block before.  A tensor that one block makes and a later one reads in other ways must
+live until the network returns.  Nothing is allocated on the caller's stream until then.
 
 On a CPU the same code runs with :class:`NoStreams`.
 """
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import targets
 
@@ -93,10 +96,10 @@ def of(device: torch.device) -> NoStreams:
 class Pass:
     """Data on its way through a network in training: which stream the block has that runs."""
 
-    def __init__(self, net: nn.Module, streams: NoStreams):
-        self.net, self.streams = net, streams
-        self.origin = streams.current()
-        self.start = streams.record(self.origin)
+    def __init__(self, net: nn.Module, device: torch.device):
+        self.net, self.device, self.streams = net, device, of(device)
+        self.origin = self.streams.current()
+        self.start = self.streams.record(self.origin)
         self.used: list = []
         self.handed_on: Tensor | None = None
         self.met: set[Boundary] = set()
@@ -142,7 +145,7 @@ class Pass:
 
     def leave(self, z: Tensor, ready) -> None:
         """The block has learned: go on with the next one, which reads ``z``, as soon as the event ``ready``."""
-        if ready is not None:
+        if ready is not None and z.device == self.device:
             self._next_block(ready)
             self.streams.keep(z, self.streams.current())
             self.handed_on = z
@@ -208,7 +211,7 @@ def _begin(net: nn.Module, args: tuple) -> None:
     _end(net, args, None)  # a pass that was interrupted from the keyboard
     step = targets.given()
     if step is not None and net.training and torch.is_grad_enabled() and not _serial.get() and running() is None:
-        _running.set(Pass(net, of(step.y.device)))
+        _running.set(Pass(net, step.y.device))
 
 
 @torch.compiler.disable
@@ -237,8 +240,7 @@ def arrive(boundary: Boundary, args: tuple, kwargs: dict):
     """See :meth:`Pass.arrive`."""
     found = running()
     if found is not None:
-        values = [*args, *kwargs.values()]
-        return found.arrive(boundary, (value for value in values if isinstance(value, Tensor)))
+        return found.arrive(boundary, (x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)))
 
 
 def leave(z: Tensor, ready) -> None:
