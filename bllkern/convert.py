@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import cuts as cuts_module
 from .blocks import BlockLocal, Boundary
-from .execution import sizing
+from .execution import guard, sizing
 from .network import boundaries
 
 
@@ -46,7 +46,9 @@ def convert(
             ``"immediate"``; needs an ``example`` of the batch size to train with.
 
     Raises: ``ValueError`` for a cut that does not exist (with the nearest names), stands twice, or lies in a module
-    that the network uses in several places; for too many blocks; for another ``balance``.
+    that the network uses in several places; for too many blocks; for another ``balance``.  ``RuntimeError`` (with
+    an example, else in the first step) where a parameter or a tensor belongs to two blocks: a skip connection across a
+    cut, tied parameters.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
@@ -63,6 +65,8 @@ def convert(
     _chain(converted)
     if example is not None:
         sizing.size(converted, *inputs)
+    if names:
+        guard.Guard(checked=example is not None).register(converted)
     return converted
 
 
@@ -73,7 +77,10 @@ def unwrap(net: nn.Module) -> nn.Module:
     local = {
         path: _plain for path, module in net.named_modules() if isinstance(getattr(module, "local", None), Boundary)
     }
-    return _replace(net, local)
+    plain = _replace(net, local)
+    if local:
+        guard.remove(plain)
+    return plain
 
 
 def _plain(path: str, module: nn.Module) -> nn.Module:

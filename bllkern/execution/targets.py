@@ -52,6 +52,11 @@ def targets(y: Tensor, *, kind: str | None = None, ignore_index: int = -100, sca
         _current.reset(token)
 
 
+def active() -> bool:
+    """Whether a step has targets."""
+    return _current.get() is not None
+
+
 def current() -> Targets:
     """The targets of the step that runs; ``RuntimeError`` outside of :func:`targets`."""
     found = _current.get()
