@@ -27,7 +27,7 @@ def convert(
     objective="bll",
     schedule: str | None = None,
     example: Tensor | tuple | None = None,
-    balance: str = "flops",
+    balance: str | None = None,
 ) -> nn.Module:
     """A block-local network with the parameters of ``net``, cut after the named modules.
 
@@ -41,7 +41,7 @@ def convert(
         objective: a name or a :class:`bllkern.objectives.Objective`.
         schedule: ``"eager"`` (default), ``"deferred"`` or ``"immediate"``.
         example: an input, or a tuple of positional inputs, that gives heads and feedback their size now.
-        balance: with a number of blocks, what to divide evenly: ``"flops"``, the floating-point operations, or
+        balance: with a number of blocks, what to divide evenly: ``"flops"`` (default), floating-point operations, or
             ``"memory"``, the most bytes of activations and gradients that training holds at a time under schedule
             ``"immediate"``; needs an ``example`` of the batch size to train with.
 
@@ -53,7 +53,9 @@ def convert(
     if not isinstance(net, nn.Module):
         raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
     inputs = example if isinstance(example, tuple) else () if example is None else (example,)
-    names = cuts_module.even(net, cuts, inputs, balance) if isinstance(cuts, int) else list(cuts)
+    if balance is not None and not isinstance(cuts, int):
+        raise ValueError(f"balance is for a number of blocks, got balance={balance!r} with the names of cuts")
+    names = cuts_module.even(net, cuts, inputs, balance or "flops") if isinstance(cuts, int) else list(cuts)
     _check_names(net, names)
 
     def end_block(name: str, module: nn.Module) -> nn.Module:
