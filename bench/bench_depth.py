@@ -1,6 +1,6 @@
 """Peak memory of a training step against the depth of a residual stack, a boundary after each unit.
 
-``extra_info["peak_memory_bytes"]`` holds for each variant the peak of torch's allocator in a step at each of ``DEPTHS``.
+``extra_info["peak_memory_bytes"]`` holds for each variant the peak of torch's allocator in a step at each depth.
 """
 
 import pytest

@@ -22,6 +22,8 @@ def cases(results: dict) -> dict[str, dict[str, dict]]:
     """The benchmarks by case (their group) and provider."""
     found: dict[str, dict[str, dict]] = {}
     for benchmark in results["benchmarks"]:
+        if "which" not in (benchmark["params"] or {}):
+            continue  # of whole networks: bench/report_training.py
         found.setdefault(benchmark["group"], {})[benchmark["params"]["which"]] = benchmark
     return found
 

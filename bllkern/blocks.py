@@ -60,6 +60,7 @@ class Boundary(nn.Module):
         self.repeated = False  # passed several times in one step
         self.pending: list[Tensor] = []  # losses that wait for local_loss (deferred)
         self.pending_step: object = None
+        self.handed_on: list[tuple[Tensor, int]] = []  # their activations, and the version of each (deferred)
 
     def extra_repr(self):
         return f"{self.options}, schedule={self.schedule!r}"
@@ -125,7 +126,7 @@ class Boundary(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self):
-        return {**self.__dict__, "pending": [], "step": None, "pending_step": None}
+        return {**self.__dict__, "pending": [], "handed_on": [], "step": None, "pending_step": None}
 
 
 def _rerun(block: Callable | None, args: tuple, kwargs: dict, std: float) -> Tensor:
@@ -189,9 +190,24 @@ class BlockLocal(nn.Module):
             sizing.size(self, example)
 
     def forward(self, *args, **kwargs):
+        again = self._unchanged(args) if getattr(self.local.options, "denoising", 0) else self.module
         output = self.module(*args, **kwargs)
-        z = self.local(first_tensor(output), self.module, args, kwargs)
+        z = self.local(first_tensor(output), again, args, kwargs)
         return _with_first(output, z)
+
+    def _unchanged(self, args: tuple) -> Callable:
+        """The module, to be run again on ``args``; ``RuntimeError`` if its first run changes them in place."""
+        before = [x._version for x in args if _is_float(x)] if torch.is_grad_enabled() else []
+
+        def again(*noisy, **kwargs):
+            if before != [x._version for x in args if _is_float(x)]:
+                raise RuntimeError(
+                    f"{self.local.label} changes its input in place, on which denoising runs it again: let its first "
+                    "operation not be in place"
+                )
+            return self.module(*noisy, **kwargs)
+
+        return again
 
     def plain(self) -> nn.Module:
         """The module without its boundary."""

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from . import cuts as cuts_module
 from . import cuts_file, objectives
 from .blocks import BlockLocal, Boundary
+from .execution import guard, sizing, streams
 from .execution import offload as offloading
-from .execution import sizing, streams
 from .network import boundaries
 from .objectives.alignment import watch_output
 
@@ -31,7 +31,7 @@ def convert(
     objective=None,
     schedule: str | None = None,
     example: Tensor | tuple | None = None,
-    balance: str = "flops",
+    balance: str | None = None,
     offload: str | None = None,
 ) -> nn.Module:
     """A block-local network with the parameters of ``net``, cut after the named modules.
@@ -47,7 +47,7 @@ def convert(
             Where it is a name, the file says its head and pool, and its other options too if it is the file's own.
         schedule: ``"eager"`` (default), ``"deferred"`` or ``"immediate"``.
         example: an input, or a tuple of positional inputs, that gives heads and feedback their size now.
-        balance: with a number of blocks, what to divide evenly: ``"flops"``, the floating-point operations, or
+        balance: with a number of blocks, what to divide evenly: ``"flops"`` (default), floating-point operations, or
             ``"memory"``, the most bytes of activations and gradients that training holds at a time under schedule
             ``"immediate"``; needs an ``example`` of the batch size to train with.
         offload: ``"cpu"`` for a network that is larger than the device: weights and optimizer states stay on the CPU,
@@ -56,7 +56,8 @@ def convert(
 
     Raises: ``ValueError`` for a cut that does not exist (with the nearest names), stands twice, or lies in a module
     that the network uses in several places; for too many blocks; for another ``balance``; for a malformed file, naming
-    file and field.  ``FileNotFoundError`` for a file that is not there.
+    file and field.  ``FileNotFoundError`` for a file that is not there.  ``RuntimeError`` (with an example, else in the
+    first step) where a parameter or a tensor belongs to two blocks: a skip connection across a cut, tied parameters.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
@@ -66,7 +67,9 @@ def convert(
     schedule = offloading.check(offload, schedule, example)
     inputs = example if isinstance(example, tuple) else () if example is None else (example,)
     options = objectives.get(objective)
-    names = cuts_module.even(net, cuts, inputs, balance) if isinstance(cuts, int) else list(cuts)
+    if balance is not None and not isinstance(cuts, int):
+        raise ValueError(f"balance is for a number of blocks, got balance={balance!r} with the names of cuts")
+    names = cuts_module.even(net, cuts, inputs, balance or "flops") if isinstance(cuts, int) else list(cuts)
     _check_names(net, names)
     names = options.places(net, names)
     _check_names(net, names)
@@ -87,6 +90,8 @@ def convert(
         sizing.size(converted, *inputs)
     if offload is not None:
         offloading.Offload(converted, inputs)
+    if names:
+        guard.Guard(checked=example is not None).register(converted)
     return converted
 
 
@@ -111,6 +116,7 @@ def unwrap(net: nn.Module) -> nn.Module:
     plain = _replace(net, local)
     streams.detach(plain)
     offloading.detach(plain)
+    guard.remove(plain)
     return plain
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import Boundary
+from .execution import schedules
 
 
 def boundaries(net: nn.Module) -> dict[str, Boundary]:
@@ -24,7 +26,8 @@ def boundaries(net: nn.Module) -> dict[str, Boundary]:
 def local_loss(net: nn.Module) -> Tensor:
     """The differentiable sum of the local losses that wait since the last forward pass (schedule ``"deferred"``).
 
-    Returns: a scalar.  Raises ``RuntimeError`` if none waits.
+    Returns: a scalar.  Raises ``RuntimeError`` if none waits, or if an activation was changed in place after its
+    boundary, whose backward pass needs it.
     """
     found = boundaries(net).values()
     waiting = [loss for boundary in found for loss in boundary.pending]
@@ -33,7 +36,9 @@ def local_loss(net: nn.Module) -> Tensor:
             "no local loss waits: convert with schedule='deferred' and call net(x) in training under bllkern.targets(y)"
         )
     for boundary in found:
-        boundary.pending = []
+        schedules.check_unchanged(boundary)
+    for boundary in found:
+        boundary.pending, boundary.handed_on = [], []
     return torch.stack([loss.to(waiting[0].device) for loss in waiting]).sum()
 
 
@@ -47,6 +52,19 @@ def local_losses(net: nn.Module) -> dict[str, Tensor]:
         if not math.isfinite(loss):
             raise FloatingPointError(f"the local loss of block {name!r} is not finite: {float(loss):g}")
     return losses
+
+
+def _made(factory: Callable, label: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """``factory(parameters)``; ``ValueError`` for an optimizer that misses some of them."""
+    optimizer = factory(parameters)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missed = [list(p.shape) for p in parameters if id(p) not in held]
+    if missed:
+        raise ValueError(
+            f"factory must return an optimizer of all parameters that it gets; that of {label} misses "
+            f"{len(missed)} of {len(parameters)}, the first of shape {missed[0]}"
+        )
+    return optimizer
 
 
 class BlockOptimizers:
@@ -64,7 +82,7 @@ class BlockOptimizers:
         self._complete = False
         self._offload = next((b.offload for b in self._boundaries if b.offload is not None), None)
         for boundary in self._boundaries:
-            boundary.optimizer, boundary.optimizer_factory = None, factory
+            boundary.optimizer, boundary.optimizer_factory = None, partial(_made, factory, boundary.label)
         self._build()
 
     def _build(self) -> bool:
@@ -78,10 +96,10 @@ class BlockOptimizers:
             own = [p for p in boundary.own_parameters() if id(p) not in taken]
             taken.update(map(id, own))
             if boundary.optimizer is None and own:
-                boundary.optimizer = self._factory(own)
+                boundary.optimizer = boundary.optimizer_factory(own)
         rest = [p for p in self._net.parameters() if p.requires_grad and id(p) not in taken]
         if self._output is None and rest:
-            self._output = self._factory(rest)
+            self._output = _made(self._factory, "the output block", rest)
         self._complete = True
         if self._offload is not None:
             self._offload.output_optimizer = self._output
@@ -146,7 +164,7 @@ def optimizers(net: nn.Module, factory: Callable[[list[nn.Parameter]], torch.opt
     With schedule ``"immediate"`` each block's optimizer steps inside the forward pass, and ``step()`` of what is
     returned steps the output block; with the others it steps all blocks.
 
-    Raises ``ValueError`` if ``net`` has no boundary.
+    Raises ``ValueError`` if ``net`` has no boundary, or for an optimizer that misses parameters of its block.
     """
     if not boundaries(net):
         raise ValueError("net has no block-local boundary: use bllkern.convert or block-local layers first")

@@ -135,5 +135,7 @@ def test_bad_balance():
     net, _, x, _ = nets.build("mlp")
     with pytest.raises(ValueError, match=r"balance must be one of \['flops', 'memory'\], got 'time'"):
         bllkern.convert(net, 3, nets.CLASSES, example=x, balance="time")
+    with pytest.raises(ValueError, match="balance is for a number of blocks, got balance='memory' with the names"):
+        bllkern.convert(net, ["1"], nets.CLASSES, example=x, balance="memory")
     with pytest.raises(ValueError, match="balance='memory' needs example=, an input of the batch size to train with"):
         bllkern.convert(net, 3, nets.CLASSES, balance="memory")

@@ -1,11 +1,14 @@
-"""bench/report.py: the table and the plot from a benchmark's JSON."""
+"""bench/report.py and report_training.py: tables and plots from the benchmarks' JSON."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-REPORT = Path(__file__).parent.parent / "bench" / "report.py"
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench"
+REPORT = BENCH / "report.py"
 
 
 def measured(which, median, peak):
@@ -25,6 +28,30 @@ def test_table_and_plot(tmp_path):
     assert (tmp_path / "out" / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_arguments_it_says_how_it_is_used():
-    result = subprocess.run([sys.executable, str(REPORT)], capture_output=True, text=True)
-    assert result.returncode == 2 and "usage: python bench/report.py RESULTS.json" in result.stdout
+def test_training_has_a_report_of_its_own(tmp_path):
+    variants = {
+        "backprop": {"time_ratio": 1.0, "memory_ratio": 1.0},
+        "bll eager": {"time_ratio": 0.934, "memory_ratio": 0.25},
+    }
+    depth = {"depths": [8, 16], "peak_memory_bytes": {"backprop": [1 << 20, 2 << 20], "immediate": [1 << 19, 1 << 19]}}
+    benchmarks = [
+        measured("bllkern", 0.01, 100),
+        {"group": "training stack", "params": {"case": "stack"}, "extra_info": {"variants": variants}},
+        {"group": "depth", "params": None, "extra_info": depth},
+    ]
+    (tmp_path / "results.json").write_text(json.dumps({"benchmarks": benchmarks}))
+    command = [sys.executable, str(BENCH / "report_training.py"), str(tmp_path / "results.json")]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "| training stack | bll eager | 0.93 | 0.25 |" in printed
+    assert (tmp_path / "training.md").read_text() == printed
+    for name in ("time_against_memory.png", "memory_against_depth.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    command[1] = str(REPORT)
+    kernels = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "agreement large" in kernels and "training" not in kernels
+
+
+@pytest.mark.parametrize("script", ["report.py", "report_training.py"])
+def test_without_arguments_it_says_how_it_is_used(script):
+    result = subprocess.run([sys.executable, str(BENCH / script)], capture_output=True, text=True)
+    assert result.returncode == 2 and f"usage: python bench/{script} RESULTS.json" in result.stdout

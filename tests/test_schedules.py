@@ -176,6 +176,18 @@ def test_compiled_blocks(schedule):
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("model", ["mlp", "resnet", "gpt"])
+def test_boundaries_are_the_only_graph_breaks(model):
+    net, cuts, x, y = nets.build(model)
+    torch._dynamo.reset()
+    assert torch._dynamo.explain(net)(x).graph_break_count == 0
+    converted = bllkern.convert(net, cuts, nets.CLASSES, example=x)
+    torch._dynamo.reset()
+    with bllkern.targets(y):
+        breaks = torch._dynamo.explain(converted)(x).break_reasons
+    assert breaks and all("Boundary.forward" in str(found.reason) for found in breaks)
+
+
 @pytest.mark.parametrize("schedule", ["eager", "deferred"])
 def test_a_whole_network_compiles(schedule):
     net, cuts, x, y = nets.build("mlp")

@@ -28,6 +28,10 @@ def eager(boundary: Boundary, z: Tensor, loss: Tensor) -> None:
     try:
         loss.backward()
     except RuntimeError as error:
+        if "modified by an inplace operation" in str(error):
+            raise RuntimeError(
+                f"the backward pass of {boundary.label} needs a tensor that has changed: {error}"
+            ) from error
         if "backward through the graph a second time" not in str(error):
             raise
         raise RuntimeError(
@@ -46,7 +50,18 @@ def deferred(boundary: Boundary, z: Tensor, loss: Tensor) -> None:
         )
     discover(boundary, z, boundary.step.owners)
     boundary.pending.append(loss)
+    boundary.handed_on.append((z, z._version))
     boundary.pending_step = boundary.step
+
+
+def check_unchanged(boundary: Boundary) -> None:
+    """Raise ``RuntimeError`` if an activation, whose backward pass waits, was changed in place after its boundary."""
+    if any(z._version != version for z, version in boundary.handed_on):
+        boundary.pending, boundary.handed_on = [], []
+        raise RuntimeError(
+            f"the activation of {boundary.label} was changed in place (by ReLU(inplace=True), say) after its boundary, "
+            "before its backward pass: use inplace=False there, cut after that operation, or use schedule='eager'"
+        )
 
 
 def immediate(boundary: Boundary, z: Tensor, loss: Tensor) -> None:

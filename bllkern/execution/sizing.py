@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .guard import check_output
 from .schedules import discover
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def size(net: nn.Module, *args, **kwargs) -> None:
     token = _running.set(run)
     try:
         with as_in_eval(net), torch.enable_grad():
-            net(*args, **kwargs)
+            output = net(*args, **kwargs)
+        check_output(net, output, run.owners)
         for boundary, z in reversed(run.visits):
             boundary.objective.initialize(z)
     finally:

@@ -1,0 +1,193 @@
+"""Networks and steps that cannot be trained block-locally are refused, and the module is named."""
+
+import copy
+from collections import namedtuple
+
+import pytest
+import torch
+from torch import nn
+
+import bllkern
+import nets
+from bllkern.objectives import BLL
+
+X, Y = torch.randn(4, 8), torch.tensor([0, 1, 2, 3])
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.1)
+
+
+def step(net, x=X, y=Y):
+    with bllkern.targets(y):
+        loss = nets.cross_entropy(net(x), y)
+        if any(boundary.schedule == "deferred" for boundary in bllkern.network.boundaries(net).values()):
+            loss = loss + bllkern.local_loss(net)
+    loss.backward()
+
+
+class Tied(nn.Module):
+    """A head with the weight of the first layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head.weight = self.first.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(torch.tanh(self.first(x)))))
+
+
+class SkipToTheOutput(nn.Module):
+    """The stem's output is read again at the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        stem = torch.tanh(self.stem(x))
+        return self.head(self.body(stem) + stem)
+
+
+@pytest.mark.parametrize("schedule", ["eager", "deferred", "immediate"])
+@pytest.mark.parametrize("example", [None, X])
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (
+            Tied,
+            "the output of the network also reaches 'first.* of block 'body': the parameter is tied to 'head.weight'",
+        ),
+        (
+            SkipToTheOutput,
+            "the output of the network also reaches 'stem.* of block 'body': a tensor skips the boundaries",
+        ),
+    ],
+)
+def test_what_belongs_to_a_block_and_to_the_output(build, message, example, schedule):
+    with pytest.raises(RuntimeError, match=message):
+        net = bllkern.convert(build(), ["body"], 5, schedule=schedule, example=example)
+        bllkern.optimizers(net, sgd)
+        step(net)
+
+
+def test_tied_layers_inside_one_block_are_fine():
+    net = bllkern.convert(nn.Sequential(Tied(), nn.Linear(8, 5)), ["0"], 5, example=X)
+    step(net)
+    bllkern.assert_isolated(net, X, Y)
+
+
+def test_parameters_tied_across_two_blocks():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5))
+    net[1].weight = net[0].weight
+    with pytest.raises(RuntimeError, match=r"block '1' also reaches a parameter \[8, 8\] of block '0'"):
+        bllkern.convert(net, ["0", "1"], 5, example=X)
+
+
+def activation_changed_in_place():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.ReLU(inplace=True), nn.Linear(8, 5))
+    return bllkern.convert(net, ["1"], 5, "bwbpf", "deferred", example=X)
+
+
+def test_a_waiting_activation_changed_in_place_is_named():
+    net = activation_changed_in_place()
+    with pytest.raises(RuntimeError, match="the activation of block '1' was changed in place"):
+        step(net)
+    assert all(p.grad is None for p in net.parameters())
+    net[2].inplace = False
+    step(net)
+
+
+@pytest.mark.parametrize("schedule", ["eager", "immediate"])
+def test_a_detached_activation_may_change_in_place_once_its_block_is_done(schedule):
+    results = []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.ReLU(inplace=inplace), nn.Linear(8, 5))
+        net = bllkern.convert(net, ["1"], 5, "predsim", schedule, example=X)
+        optimizers = bllkern.optimizers(net, sgd)
+        step(net)
+        optimizers.step()
+        results.append(net.state_dict())
+    assert all(torch.equal(value, results[1][key]) for key, value in results[0].items())
+
+
+def test_what_a_block_still_needs_may_not_change():
+    class Careless(nn.Linear):
+        def forward(self, x):
+            z = torch.exp(super().forward(x))
+            y = 2 * z
+            z.zero_()  # the gradient of exp needs it
+            return y
+
+    net = bllkern.convert(nn.Sequential(Careless(8, 8), nn.Linear(8, 5)), ["0"], 5, example=X)
+    with pytest.raises(RuntimeError, match="the backward pass of block '0' needs a tensor that has changed: .*inplace"):
+        step(net)
+    assert all(p.grad is None for p in net[1].parameters())
+
+
+def test_denoising_needs_the_input_as_it_was():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 8)), nn.Linear(8, 5))
+    net = bllkern.convert(net, ["1"], 5, BLL(denoising=1.0), example=X)
+    with pytest.raises(RuntimeError, match="block '1' changes its input in place, on which denoising runs it again"):
+        step(net)
+    net[1].module[0].inplace = False
+    step(net)
+
+
+@pytest.mark.parametrize("schedule", ["eager", "immediate"])
+@pytest.mark.parametrize("example", [None, X])
+def test_an_optimizer_that_misses_parameters(schedule, example):
+    net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 5))
+    net = bllkern.convert(net, ["1"], 5, "bwbpf", schedule, example=example)
+    with pytest.raises(ValueError, match=r"that of block '1' misses 1 of 4, the first of shape \[5\]"):
+        optimizers = bllkern.optimizers(net, lambda params: sgd(params[:3]))
+        step(net)
+        optimizers.step()
+    net = bllkern.convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 5)), ["0"], 5, example=X)
+    with pytest.raises(ValueError, match=r"that of the output block misses 1 of 2, the first of shape \[5\]"):
+        bllkern.optimizers(net, lambda params: sgd(params[:1] if len(params) == 2 else params))
+
+
+@pytest.mark.parametrize("cut", ["0", "2"])
+def test_batch_norm_of_one_sample_is_named(cut):
+    net = nn.Sequential(
+        nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), nn.Linear(8, 8), nn.Linear(8, 5)
+    )
+    net = bllkern.convert(net, [cut], 5, example=X)
+    with pytest.raises(ValueError, match=r"batch norm '1.1' needs more than one value per channel in training: give"):
+        step(net, X[:1], Y[:1])
+    step(net)
+    with torch.no_grad():
+        assert net.eval()(X[:1]).shape == (1, 5)
+
+
+def test_other_errors_of_the_network_stay_as_they_are():
+    net = bllkern.convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 5)), ["0"], 5, example=X)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        step(net, torch.randn(4, 7))
+
+
+def test_the_plain_network_is_not_watched():
+    net = bllkern.convert(SkipToTheOutput(), ["stem"], 5, example=X)
+    plain = bllkern.unwrap(net)
+    assert not plain._forward_hooks and len(net._forward_hooks) == 1
+    assert len(copy.deepcopy(net)._forward_hooks) == 1
+
+
+Pair = namedtuple("Pair", "hidden extra")
+
+
+@pytest.mark.parametrize("kind", [tuple, list, dict, Pair])
+def test_outputs_of_other_kinds_keep_their_kind(kind):
+    class Several(nn.Linear):
+        def forward(self, x):
+            z = super().forward(x)
+            return {"hidden": z, "extra": "x"} if kind is dict else kind(*(z, "x")) if kind is Pair else kind((z, "x"))
+
+    block = bllkern.BlockLocal(Several(8, 8), 5, "bwbpf")
+    with bllkern.targets(Y):
+        output = block(X)
+    hidden, extra = output.values() if kind is dict else output
+    assert type(output) is kind and extra == "x" and not hidden.requires_grad and block.module.weight.grad is not None
