@@ -2,10 +2,11 @@
 
 usage: python bench/report.py RESULTS.json [OUTPUT_DIR]
 
-RESULTS.json is what `pytest bench/ --benchmark-only --benchmark-json=RESULTS.json` wrote.  Prints a Markdown table with
+RESULTS.json is what `pytest bench/ --benchmark-only --benchmark-json=RESULTS.json` wrote.  Prints Markdown tables with
 one row for each case, and writes `table.md` and `roofline.png` to OUTPUT_DIR (default: beside RESULTS.json).  Gains are
-median times of eager torch and of torch.compile over ours, peak memory is eager torch's over ours; the plot shows the
-bytes that a step must move against the rate at which ours moves them, below the copy bandwidth of the same run.
+median times of eager torch and of torch.compile over ours, peak memory is eager torch's over ours; small sizes have a
+table of their own, whole networks `bench/report_training.py`.  The plot shows the bytes that a step must move against
+the rate at which ours moves them, below the copy bandwidth of the same run.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from pathlib import Path
 
 OURS, OTHERS = "bllkern", ("eager", "compile")
 HEAD = ("case", "ours", "× eager", "× compile", "memory × eager", "of copy bandwidth")
+SMALL_HEAD = ("small sizes", "size", "ours", "× eager")
 
 
 def cases(results: dict) -> dict[str, dict[str, dict]]:
     """The benchmarks by case (their group) and provider."""
     found: dict[str, dict[str, dict]] = {}
     for benchmark in results["benchmarks"]:
-        if "which" not in (benchmark["params"] or {}):
-            continue  # of whole networks: bench/report_training.py
-        found.setdefault(benchmark["group"], {})[benchmark["params"]["which"]] = benchmark
+        if "which" in (benchmark["params"] or {}):
+            found.setdefault(benchmark["group"], {})[benchmark["params"]["which"]] = benchmark
     return found
 
 
@@ -45,11 +46,22 @@ def _row(case: str, providers: dict[str, dict]) -> tuple[str, ...]:
     return case, _time(median), *gains, memory, f"{info['fraction_of_copy_bandwidth']:.0%}"
 
 
+def _small_sizes(results: dict):
+    """Case, size and measurements of the benchmarks of small sizes, which measure several in turn."""
+    for benchmark in results["benchmarks"]:
+        for size, measured in benchmark["extra_info"].get("sizes", {}).items():
+            yield benchmark["group"].removeprefix("small sizes: "), size, measured
+
+
+def _markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows))
+
+
 def table(results: dict) -> str:
-    """The Markdown table of all cases that ours has run."""
-    rows = [HEAD, ("---",) * len(HEAD)]
-    rows += [_row(case, providers) for case, providers in cases(results).items() if OURS in providers]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    """The Markdown tables of what was run: ops, and ops at small sizes."""
+    ops = [_row(case, providers) for case, providers in cases(results).items() if OURS in providers]
+    small = [(case, size, _time(t["seconds"]), f"{t['gain']:.2f}") for case, size, t in _small_sizes(results)]
+    return "\n\n".join(_markdown(head, rows) for head, rows in ((HEAD, ops), (SMALL_HEAD, small)) if rows)
 
 
 def draw(results: dict, path: Path) -> None:

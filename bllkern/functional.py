@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable as _once_differentiable
 
 from . import families
+from .backends import run
 
-_ops = torch.ops.bllkern
 _REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -52,8 +52,8 @@ def _check_reduction(reduction: str, allowed=_REDUCTIONS) -> None:
         raise ValueError(f"reduction must be one of {allowed}, got {reduction!r}")
 
 
-def _check_target(target: Tensor, of: str, x: Tensor, classes: int | None) -> None:
-    """``target`` is class indices [N] or floats [N, classes] for the N rows of ``x``, which the message calls ``of``.
+def _checked_target(target: Tensor, of: str, x: Tensor, classes: int | None) -> Tensor:
+    """``target``, class indices [N] or floats [N, classes] for the N rows of ``x`` (``of`` in messages), without graph.
 
     That indices are below ``classes`` is for the op to check, where that needs no synchronisation.
     """
@@ -66,6 +66,7 @@ def _check_target(target: Tensor, of: str, x: Tensor, classes: int | None) -> No
         raise TypeError(f"target must be int64 class indices or floats, got {target.dtype}")
     elif target.dim() != 2 or len(target) != rows or classes not in (None, target.shape[1]):
         raise ValueError(f"target must have shape [{rows}, {classes or 'E'}] as floats, got {list(target.shape)}")
+    return target.detach() if target.requires_grad else target
 
 
 def _check_rows(x: Tensor) -> None:
@@ -107,7 +108,7 @@ def _upstream(grads: tuple[Tensor | None, ...], upstream: Tensor | None) -> list
 class _Agreement(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b, family, group_size, reduction):
-        loss, *grads = _ops.agreement.default(a, b, family, group_size, reduction, *ctx.needs_input_grad[:2])
+        loss, *grads = run("agreement", a, b, family, group_size, reduction, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(*grads)
         return loss
 
@@ -143,14 +144,14 @@ def agreement(a: Tensor, b: Tensor, family: str | families.Family = "bernoulli",
     f.check_width(shape[-1], "a")
     if _needs_grad(a, b):
         return _Agreement.apply(a, b, f.name, f.group_size or 0, reduction)
-    return _ops.agreement.default(a, b, f.name, f.group_size or 0, reduction, False, False)[0]
+    return run("agreement", a, b, f.name, f.group_size or 0, reduction, False, False)[0]
 
 
 class _EvidenceCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, messages, log_prior, *settings):
         needed = ctx.needs_input_grad[:3]
-        loss, *grads = _ops.evidence_cross_entropy.default(a, messages, log_prior, *settings, *needed)
+        loss, *grads = run("evidence_cross_entropy", a, messages, log_prior, *settings, *needed)
         ctx.save_for_backward(*grads)
         return loss
 
@@ -195,19 +196,19 @@ def evidence_cross_entropy(
         raise ValueError(f"messages must have shape [C, {width}] with C >= 1, got {list(messages.shape)}")
     if log_prior is not None and log_prior.shape != (classes,):
         raise ValueError(f"log_prior must be None or have shape [{classes}], got {list(log_prior.shape)}")
-    _check_target(target, "a", a, classes)
+    target = _checked_target(target, "a", a, classes)
     _check_reduction(reduction, ("mean", "sum"))
     f.check_width(width, "a")
     args = (target, f.name, f.group_size or 0, reduction, ignore_index)
     if _needs_grad(a, messages, log_prior):
         return _EvidenceCrossEntropy.apply(a, messages, log_prior, *args)
-    return _ops.evidence_cross_entropy.default(a, messages, log_prior, *args, False, False, False)[0]
+    return run("evidence_cross_entropy", a, messages, log_prior, *args, False, False, False)[0]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, *settings):
-        loss, *grads = _ops.linear_cross_entropy.default(x, weight, bias, *settings, *ctx.needs_input_grad[:3])
+        loss, *grads = run("linear_cross_entropy", x, weight, bias, *settings, *ctx.needs_input_grad[:3])
         ctx.save_for_backward(*grads)
         return loss
 
@@ -250,12 +251,12 @@ def linear_cross_entropy(
         raise ValueError(f"bias must be None or have shape [{classes}], got {list(bias.shape)}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
-    _check_target(target, "x", x, classes)
+    target = _checked_target(target, "x", x, classes)
     _check_reduction(reduction, ("mean", "sum"))
     args = (target, label_smoothing, reduction, ignore_index)
     if _needs_grad(x, weight, bias):
         return _LinearCrossEntropy.apply(x, weight, bias, *args)
-    return _ops.linear_cross_entropy.default(x, weight, bias, *args, False, False, False)[0]
+    return run("linear_cross_entropy", x, weight, bias, *args, False, False, False)[0]
 
 
 class _LinearAgreement(torch.autograd.Function):
@@ -263,7 +264,8 @@ class _LinearAgreement(torch.autograd.Function):
     def forward(ctx, x, weight, bias, b, row_weights, *settings):
         by_x, by_weight, by_bias, by_b = ctx.needs_input_grad[:4]
         by_z = by_x or by_weight or by_bias
-        z, loss, grad_z, grad_b = _ops.linear_agreement.default(x, weight, bias, b, row_weights, *settings, by_z, by_b)
+        args = (x, weight, bias, b, row_weights, *settings, by_z, by_b)
+        z, loss, grad_z, grad_b = run("linear_agreement", *args)
         if not by_z:
             ctx.mark_non_differentiable(z)
         ctx.save_for_backward(x if by_weight else None, weight if by_x else None, grad_z, grad_b)
@@ -346,13 +348,13 @@ def linear_agreement(
     settings = (row_weights, f.name, f.group_size or 0, reduction)
     if _needs_grad(x, weight, bias, b):
         return _LinearAgreement.apply(x, weight, bias, b, *settings)
-    return _ops.linear_agreement.default(x, weight, bias, b, *settings, False, False)[:2]
+    return run("linear_agreement", x, weight, bias, b, *settings, False, False)[:2]
 
 
 class _SimilarityMatching(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, target, ignore_index):
-        loss, grad = _ops.similarity_matching.default(x, target, ignore_index, True)
+        loss, grad = run("similarity_matching", x, target, ignore_index, True)
         ctx.save_for_backward(grad)
         return loss
 
@@ -377,18 +379,16 @@ def similarity_matching(x: Tensor, target: Tensor, ignore_index: int = -100) -> 
     Raises: ``ValueError`` for shapes or devices; ``TypeError`` for dtypes.
     """
     _check_rows(x)
-    _check_target(target, "x", x, None)
-    if target.requires_grad:
-        target = target.detach()
+    target = _checked_target(target, "x", x, None)
     if _needs_grad(x):
         return _SimilarityMatching.apply(x, target, ignore_index)
-    return _ops.similarity_matching.default(x, target, ignore_index, False)[0]
+    return run("similarity_matching", x, target, ignore_index, False)[0]
 
 
 class _Decorrelation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        loss, grad = _ops.decorrelation.default(x, True)
+        loss, grad = run("decorrelation", x, True)
         ctx.save_for_backward(grad)
         return loss
 
@@ -408,13 +408,13 @@ def decorrelation(x: Tensor) -> Tensor:
     Raises: ``ValueError`` for the shape; ``TypeError`` for the dtype.
     """
     _check_rows(x)
-    return _Decorrelation.apply(x) if _needs_grad(x) else _ops.decorrelation.default(x, False)[0]
+    return _Decorrelation.apply(x) if _needs_grad(x) else run("decorrelation", x, False)[0]
 
 
 class _Prototypes(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, target, num_classes, ignore_index):
-        means, counts = _ops.prototypes.default(x, target, num_classes, ignore_index)
+        means, counts = run("prototypes", x, target, num_classes, ignore_index)
         ctx.save_for_backward(x, target, counts)
         ctx.ignore_index = ignore_index
         ctx.mark_non_differentiable(counts)
@@ -424,7 +424,7 @@ class _Prototypes(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, by_means, _):
         x, target, counts = ctx.saved_tensors
-        return _ops.prototypes_gradient.default(x, target, counts, by_means, ctx.ignore_index), None, None, None
+        return run("prototypes_gradient", x, target, counts, by_means, ctx.ignore_index), None, None, None
 
 
 def prototypes(x: Tensor, target: Tensor, num_classes: int, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
@@ -447,7 +447,7 @@ def prototypes(x: Tensor, target: Tensor, num_classes: int, ignore_index: int = 
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     if target.is_floating_point():
         raise TypeError(f"target must be int64 class indices, got {target.dtype}")
-    _check_target(target, "x", x, num_classes)
+    target = _checked_target(target, "x", x, num_classes)
     if _needs_grad(x):
         return _Prototypes.apply(x, target, num_classes, ignore_index)
-    return _ops.prototypes.default(x, target, num_classes, ignore_index)
+    return run("prototypes", x, target, num_classes, ignore_index)

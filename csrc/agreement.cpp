@@ -1,6 +1,7 @@
 #include "agreement.h"
 
 #include "families.h"
+#include "rows.h"
 #include "threads.h"
 
 // The tensors are cut into tiles of fixed size.  Each tile leaves the losses of its units in a buffer of the first
@@ -136,99 +137,122 @@ template <class T> struct Grouped {
     }
 
   private:
-    struct Three { Lanes a, b, both; };  // of the parameters a, b and a + b
+    static constexpr float kLowest = -__builtin_inff();  // adds nothing to a logsumexp
 
-    // log(e^max_a sum_a) + log(e^max_b sum_b) - log(e^max_both sum_both), with one logarithm.  Here and below a + b
-    // keeps what it loses in rounding: of large parameters, that is enough to change a softmax.
-    BLLKERN_INLINE Lanes loss(const Three& m, const Three& s) {
-        Lanes highest = m.a + m.b;
-        return (highest - m.both) + rounding_of_sum(m.a, m.b, highest) + log(s.a * s.b / s.both);
-    }
+    struct Three { Lanes a, b, both; };  // of the parameters a, b and a + b
 
     BLLKERN_INLINE void raise(Three& m, Lanes a, Lanes b) {
         m.a = max(m.a, a), m.b = max(m.b, b), m.both = max(m.both, a + b);
     }
 
-    BLLKERN_INLINE Three exponentials(const Three& m, Lanes a, Lanes b) {
+    // e^x of the parameters less their maxima, all at most 1, and e^x - 1 of a and b.
+    struct Member { Exponential<Lanes> a, b; Lanes both; };
+
+    // Here and below a + b keeps what it loses in rounding: of large parameters, that is enough to change a softmax.
+    BLLKERN_INLINE Member member(const Three& m, Lanes a, Lanes b) {
         Lanes both = a + b;
-        return {exp_nonpositive(a - m.a).value, exp_nonpositive(b - m.b).value,
+        return {exp_nonpositive(a - m.a), exp_nonpositive(b - m.b),
                 exp_nonpositive((both - m.both) + rounding_of_sum(a, b, both)).value};
     }
 
+    // With x and y the exponentials of a and b, softmax(a) - softmax(a + b) of member j is
+    //   x_j / sum x - (xy)_j / sum xy = x_j (sum xy / sum x - y_j) / sum xy = x_j (sum x(y - 1) / sum x - (y_j - 1)) / sum xy,
+    // which keeps its relative accuracy where b, and with it y - 1, is close to 0.  Where sum xy is small, which it is
+    // for messages that contradict each other, the difference is large, and is taken of exponentials of a + b itself.
+    struct Sums {
+        Three s = {};                                  // of x, y and the exponentials of a + b
+        Lanes product = {}, by_b = {}, by_a = {};      // of xy, x(y - 1) and y(x - 1)
+
+        BLLKERN_INLINE void add(Sums& t, const Member& e) {
+            t.s.a += e.a.value, t.s.b += e.b.value, t.s.both += e.both;
+            t.product += e.a.value * e.b.value;
+            t.by_b += e.a.value * e.b.minus_one, t.by_a += e.b.value * e.a.minus_one;
+        }
+        void sum_lanes() {
+            Lanes* each[] = {&s.a, &s.b, &s.both, &product, &by_b, &by_a};
+            for (Lanes* x : each) *x = splat<Lanes>(static_cast<float>(sum(*x)));
+        }
+    };
+
+    // What the gradients by the members of a group have in common.
+    struct Slopes {
+        Lanes inverse_a, inverse_b, inverse_both, inverse_product, mean_b, mean_a;
+        Ints close_a, close_b;
+
+        Slopes(const Sums& t, float scale)
+            : inverse_a(scale / t.s.a), inverse_b(scale / t.s.b), inverse_both(scale / t.s.both),
+              inverse_product(scale / t.product), mean_b(t.by_b / t.s.a), mean_a(t.by_a / t.s.b),
+              close_a(t.product > t.s.a * 0.5f), close_b(t.product > t.s.b * 0.5f) {}
+
+        Lanes by_a(const Member& e) const {
+            return select(close_a, e.a.value * inverse_product * (mean_b - e.b.minus_one),
+                          e.a.value * inverse_a - e.both * inverse_both);
+        }
+        Lanes by_b(const Member& e) const {
+            return select(close_b, e.b.value * inverse_product * (mean_a - e.a.minus_one),
+                          e.b.value * inverse_b - e.both * inverse_both);
+        }
+    };
+
+    // log(e^max_a sum_a) + log(e^max_b sum_b) - log(e^max_both sum_both), with one logarithm
+    BLLKERN_INLINE Lanes loss(const Three& m, const Three& s) {
+        Lanes highest = m.a + m.b;
+        return (highest - m.both) + rounding_of_sum(m.a, m.b, highest) + log(s.a * s.b / s.both);
+    }
+
     BLLKERN_INLINE Three lowest() {
-        Lanes low = splat<Lanes>(-__builtin_inff());
+        Lanes low = splat<Lanes>(kLowest);
         return {low, low, low};
-    }
-
-    // The first n lanes from memory, the others -infinity, which adds nothing to a logsumexp.
-    BLLKERN_INLINE Lanes load_first(const T* p, int64_t n) {
-        if (n >= kLanes) return load(p);
-        T raw[kLanes] = {};
-        for (int l = 0; l < n; l++) raw[l] = p[l];
-        Lanes x = load(raw);
-        for (int l = static_cast<int>(n); l < kLanes; l++) x[l] = -__builtin_inff();
-        return x;
-    }
-
-    BLLKERN_INLINE void store_first(T* p, Lanes x, int64_t n) {
-        if (n >= kLanes) return store(p, x);
-        T raw[kLanes];
-        store(raw, x);
-        for (int l = 0; l < n; l++) p[l] = raw[l];
     }
 
     static float score_large(const Tensors<T>& t, int64_t at, int64_t group) {
         const T *a = t.a + at, *b = t.b + at;
         Three m = lowest();
         for (int64_t j = 0; j < group; j += kLanes)
-            raise(m, load_first(a + j, group - j), load_first(b + j, group - j));
+            raise(m, load_first(a + j, group - j, kLowest), load_first(b + j, group - j, kLowest));
         m = {splat<Lanes>(maximum(m.a)), splat<Lanes>(maximum(m.b)), splat<Lanes>(maximum(m.both))};
 
-        Three kept[kTile / kLanes];  // so that the gradients of a group of usual size need no second exponential
-        Three lanes = {};
+        auto at_member = [&](int64_t j) {
+            return member(m, load_first(a + j, group - j, kLowest), load_first(b + j, group - j, kLowest));
+        };
+        Member kept[kTile / kLanes];  // so that the gradients of a group of usual size need no second exponential
+        Sums sums;
         for (int64_t j = 0; j < group; j += kLanes) {
-            Three e = exponentials(m, load_first(a + j, group - j), load_first(b + j, group - j));
-            lanes.a += e.a, lanes.b += e.b, lanes.both += e.both;
+            Member e = at_member(j);
+            Sums::add(sums, e);
             if (j < kTile) kept[j / kLanes] = e;
         }
-        Three s = {splat<Lanes>(sum(lanes.a)), splat<Lanes>(sum(lanes.b)), splat<Lanes>(sum(lanes.both))};
-        Lanes inverse_a = t.scale / s.a, inverse_b = t.scale / s.b, inverse_both = t.scale / s.both;
+        sums.sum_lanes();
+        Slopes slopes(sums, t.scale);
         for (int64_t j = 0; j < group && (t.grad_a || t.grad_b); j += kLanes) {
-            int64_t left = group - j;
-            Three e = j < kTile ? kept[j / kLanes] : exponentials(m, load_first(a + j, left), load_first(b + j, left));
-            if (t.grad_a) store_first(t.grad_a + at + j, e.a * inverse_a - e.both * inverse_both, left);
-            if (t.grad_b) store_first(t.grad_b + at + j, e.b * inverse_b - e.both * inverse_both, left);
+            Member e = j < kTile ? kept[j / kLanes] : at_member(j);
+            if (t.grad_a) store_first(t.grad_a + at + j, slopes.by_a(e), group - j);
+            if (t.grad_b) store_first(t.grad_b + at + j, slopes.by_b(e), group - j);
         }
-        return loss(m, s)[0];
+        return loss(m, sums.s)[0];
     }
 
     // n <= kLanes neighbouring groups, one in each lane
     static Lanes score_small(const Tensors<T>& t, int64_t at, int group, int n) {
         Lanes a[kSmall], b[kSmall];
-        Three kept[kSmall];
+        Member kept[kSmall];
         across_lanes(t.a + at, a, group, n);
         across_lanes(t.b + at, b, group, n);
         Three m = lowest();
         for (int j = 0; j < group; j++) raise(m, a[j], b[j]);
-        Three s = {};
-        for (int j = 0; j < group; j++) {
-            kept[j] = exponentials(m, a[j], b[j]);
-            s.a += kept[j].a, s.b += kept[j].b, s.both += kept[j].both;
-        }
-        Lanes inverse_a = t.scale / s.a, inverse_b = t.scale / s.b, inverse_both = t.scale / s.both;
-        for (int j = 0; j < group; j++) {
-            a[j] = kept[j].a * inverse_a - kept[j].both * inverse_both;
-            b[j] = kept[j].b * inverse_b - kept[j].both * inverse_both;
-        }
+        Sums sums;
+        for (int j = 0; j < group; j++) Sums::add(sums, kept[j] = member(m, a[j], b[j]));
+        Slopes slopes(sums, t.scale);
+        for (int j = 0; j < group; j++) a[j] = slopes.by_a(kept[j]), b[j] = slopes.by_b(kept[j]);
         if (t.grad_a) from_across_lanes(a, t.grad_a + at, group, n);
         if (t.grad_b) from_across_lanes(b, t.grad_b + at, group, n);
-        return loss(m, s);
+        return loss(m, sums.s);
     }
 
     // p [n, group] to x [group, kLanes]
     static void across_lanes(const T* p, Lanes* x, int group, int n) {
         float rows[kSmall * kLanes];
-        for (int i = 0; i < n * group; i += kLanes) store(rows + i, load_first(p + i, n * group - i));
+        for (int i = 0; i < n * group; i += kLanes) store(rows + i, load_first(p + i, n * group - i, 0.f));
         for (int j = 0; j < group; j++) {
             float column[kLanes] = {};
             for (int l = 0; l < n; l++) column[l] = rows[l * group + j];
@@ -249,13 +273,6 @@ template <class T> struct Grouped {
 
 // ---- tiles to results ----
 
-struct Partials {
-    double* sums;
-    explicit Partials(int64_t n) : sums(new double[n]) {}
-    Partials(const Partials&) = delete;
-    ~Partials() { delete[] sums; }
-};
-
 // losses [rows, units] of n units to sums [rows]
 static void sum_rows(const float* losses, int64_t n, int64_t units, float* sums) {
     if (units == 1) memcpy(sums, losses, n * sizeof(float));
@@ -272,14 +289,14 @@ void run(const AgreementJob& job, int64_t units, int64_t parameters_per_unit, Sc
     bool one_row = !job.per_row && parameters_per_unit == 1;
     Tiling tiling(one_row ? 1 : job.rows, one_row ? job.rows * units : units, parameters_per_unit);
     bool rows_in_tiles = job.per_row && tiling.tiles_per_row == 1;
-    Partials partials(rows_in_tiles ? 0 : tiling.count);
+    Scratch<double> partials(rows_in_tiles ? 0 : tiling.count);
 
     auto body = [&](int64_t i) {
         float losses[kTile];
         Tile tile(tiling, i);
         score(tensors, tiling, tile, losses);
         if (rows_in_tiles) sum_rows(losses, tile.units, units, job.loss + tile.row);
-        else partials.sums[i] = sum(losses, tile.units);
+        else partials[i] = sum(losses, tile.units);
         if (stream) stream_fence();
     };
     int64_t parameters = tiling.units_per_tile * parameters_per_unit;
@@ -289,7 +306,7 @@ void run(const AgreementJob& job, int64_t units, int64_t parameters_per_unit, Sc
     int64_t results = job.per_row ? job.rows : 1, each = tiling.count / results;
     for (int64_t r = 0; r < results; r++) {
         double total = 0;
-        for (int64_t i = r * each; i < (r + 1) * each; i++) total += partials.sums[i];
+        for (int64_t i = r * each; i < (r + 1) * each; i++) total += partials[i];
         job.loss[r] = static_cast<float>(total * job.scale);
     }
 }

@@ -2,6 +2,7 @@
 // checks every argument.
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -76,6 +77,12 @@ int64_t count_labels(int64_t labels, int64_t rows, int64_t classes, int64_t igno
     return counted;
 }
 
+// What the loss of each row that counts is multiplied by.
+float row_scale(int64_t labels, int64_t rows, int64_t classes, int64_t ignore_index, bool mean) {
+    const int64_t counted = labels ? count_labels(labels, rows, classes, ignore_index) : rows;
+    return mean && counted ? 1.f / static_cast<float>(counted) : 1.f;
+}
+
 // Floats of workspace that evidence_cross_entropy needs.
 int64_t evidence_workspace(int64_t rows, int64_t classes, int64_t width, int64_t group, int family) {
     EvidenceJob job = {};
@@ -87,12 +94,18 @@ int64_t evidence_workspace(int64_t rows, int64_t classes, int64_t width, int64_t
 void evidence_cross_entropy_at(int64_t a, int64_t messages, int64_t log_prior, int64_t labels, int64_t probabilities,
                                int64_t grad_a, int64_t grad_messages, int64_t grad_log_prior, int64_t loss,
                                int64_t workspace, int64_t rows, int64_t classes, int64_t width, int64_t group,
-                               int64_t ignore_index, int family, int dtype, float scale) {
+                               int64_t ignore_index, int family, int dtype, bool mean) {
+    const float scale = row_scale(labels, rows, classes, ignore_index, mean);
     EvidenceJob job = {pointer<const void>(a), pointer<const void>(messages), pointer<const void>(log_prior),
                        pointer<const int64_t>(labels), pointer<const float>(probabilities), pointer<void>(grad_a),
                        pointer<void>(grad_messages), pointer<void>(grad_log_prior), pointer<float>(loss),
                        pointer<float>(workspace), rows, classes, width, group, ignore_index, static_cast<Family>(family),
                        static_cast<DType>(dtype), scale};
+    std::unique_ptr<float[]> own;
+    if (!workspace) {
+        own.reset(new float[EvidenceWorkspace(job, nullptr).size]);
+        job.workspace = own.get();
+    }
     without_lock_if_long(rows * classes * width, [&] { BLLKERN_DISPATCH(evidence_cross_entropy)(job); });
 }
 
@@ -106,7 +119,8 @@ double softmax_errors_at(int64_t logits, int64_t bias, int64_t labels, int64_t p
 
 void linear_head_at(int64_t x, int64_t weight, int64_t bias, int64_t labels, int64_t probabilities, int64_t grad_x,
                     int64_t grad_weight, int64_t grad_bias, int64_t loss, int64_t rows, int64_t width, int64_t classes,
-                    int64_t ignore_index, float smoothing, float scale, int dtype) {
+                    int64_t ignore_index, float smoothing, bool mean, int dtype) {
+    const float scale = row_scale(labels, rows, classes, ignore_index, mean);
     LinearHeadJob job = {pointer<const void>(x), pointer<const void>(weight), pointer<const void>(bias),
                          pointer<const int64_t>(labels), pointer<const float>(probabilities), pointer<void>(grad_x),
                          pointer<void>(grad_weight), pointer<void>(grad_bias), pointer<float>(loss), rows, width,

@@ -81,6 +81,8 @@ struct GaussianLearned {
     //
     // The posterior has mean M = (a[0] + b[0])/(s + t), so m - M = t (m - n)/(s + t) is the gradient by a[0]; by a[1]
     // it is the difference of second moments m^2 + 1/s - M^2 - 1/(s + t) = (m - M)(m + M) + t/(s (s + t)).
+    //
+    // A message without positive precision is no density: its loss is NaN, as that of A is.
     template <class V> BLLKERN_INLINE Agreement<V, 2> agreement(const V (&a)[2], const V (&b)[2]) {
         V s = a[1] * -2.f, t = b[1] * -2.f;
         V variance_a = divide(splat<V>(1.f), s), variance_b = divide(splat<V>(1.f), t);
@@ -88,6 +90,7 @@ struct GaussianLearned {
         V inverse = divide(splat<V>(1.f), s + t);
         V weight_a = s * inverse, weight_b = t * inverse, v = s * weight_b;
         V by_m = difference * weight_b, by_n = -difference * weight_a;
+        v = select(s > 0.f, select(t > 0.f, v, splat<V>(__builtin_nanf(""))), splat<V>(__builtin_nanf("")));
         return {
             (difference * difference * v - log(v)) * 0.5f + 0.9189385332f,
             {by_m, by_m * (m + m - by_m) + weight_b * variance_a},

@@ -6,21 +6,41 @@
 
 namespace bllkern::BLLKERN_ISA {
 
-// The first n lanes from memory, the others `fill`.
+#if defined(__AVX512F__)
+BLLKERN_INLINE __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+BLLKERN_INLINE Lanes load_masked(const float* p, __mmask16 mask) { return (Lanes)_mm512_maskz_loadu_ps(mask, p); }
+template <class T> BLLKERN_INLINE Lanes load_masked(const T* p, __mmask16 mask) {
+    return widen((Shorts)_mm256_maskz_loadu_epi16(mask, p), T{});
+}
+BLLKERN_INLINE void store_masked(float* p, Lanes x, __mmask16 mask) { _mm512_mask_storeu_ps(p, mask, (__m512)x); }
+template <class T> BLLKERN_INLINE void store_masked(T* p, Lanes x, __mmask16 mask) {
+    _mm256_mask_storeu_epi16(p, mask, (__m256i)narrow(x, T{}));
+}
+#endif
+
+// The first n > 0 lanes from memory, the others `fill`.
 template <class T> BLLKERN_INLINE Lanes load_first(const T* p, int64_t n, float fill) {
     if (n >= kLanes) return load(p);
+#if defined(__AVX512F__)
+    return (Lanes)_mm512_mask_mov_ps((__m512)(Lanes{} + fill), first_lanes(n), (__m512)load_masked(p, first_lanes(n)));
+#else
     T raw[kLanes] = {};
     for (int l = 0; l < n; l++) raw[l] = p[l];
     Lanes x = load(raw);
     for (int l = static_cast<int>(n); l < kLanes; l++) x[l] = fill;
     return x;
+#endif
 }
 
 template <class T> BLLKERN_INLINE void store_first(T* p, Lanes x, int64_t n) {
     if (n >= kLanes) return store(p, x);
+#if defined(__AVX512F__)
+    store_masked(p, x, first_lanes(n));
+#else
     T raw[kLanes];
     store(raw, x);
     for (int l = 0; l < n; l++) p[l] = raw[l];
+#endif
 }
 
 // body(i, n) for the vectors that begin at each i of [begin, end); n elements of it belong to the row, kLanes of all but

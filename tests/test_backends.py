@@ -13,7 +13,7 @@ import bllkern
 from bllkern import _native, _ops, backends
 from bllkern.functional import agreement
 
-from checks import available
+from checks import Results, available
 
 OPS = list(_ops.SCHEMAS)
 COMPILED = importlib.util.find_spec("bllkern._C") is not None
@@ -135,6 +135,40 @@ def test_unknown_names_raise(name):
     with pytest.raises(ValueError, match=r"backend must be one of \['cpu', 'cuda', 'reference', 'triton'\], got '"):
         with backends.backend(name):
             pass
+
+
+@pytest.mark.parametrize("ask", [backends.why_not, lambda name, op, *rest: backends.choose(op, *rest, named=name)])
+def test_unknown_names_and_ops_are_refused_with_the_allowed_ones(ask):
+    with pytest.raises(ValueError, match=r"backend must be one of \['cpu', 'cuda', 'reference', 'triton'\], got 'tpu'"):
+        ask("tpu", "agreement", "cpu", torch.float32)
+    with pytest.raises(ValueError, match=r"op must be one of \['agreement', .*\], got 'agree'"):
+        ask("cpu", "agree", "cpu", torch.float32)
+
+
+class Plain(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
+def test_the_dispatcher_is_left_out_only_where_nothing_listens(spy, monkeypatch):
+    """Modes, subclasses and the profiler see the op as such; a plain call reaches the same kernel without it."""
+    dispatched = []
+    monkeypatch.setitem(backends._overloads, "agreement", lambda *args: dispatched.append(1) or _ops_agreement(*args))
+    a, b = torch.randn(2, 2, 3)
+    plain = agreement(a, b)
+    assert not dispatched and sum(spy.values()) == 1
+    results = Results()
+    with results:
+        seen = [agreement(a, b)]
+    assert len(dispatched) == 1 and len(results.kept) == 1
+    seen.append(agreement(a, b.as_subclass(Plain)))
+    assert len(dispatched) == 2
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        seen.append(agreement(a, b))
+    assert "bllkern::agreement" in {event.key for event in profile.key_averages()}
+    assert all(torch.equal(x.as_subclass(torch.Tensor), plain) for x in seen)
+
+
+_ops_agreement = torch.ops.bllkern.agreement.default
 
 
 def test_the_environment_names_a_backend():

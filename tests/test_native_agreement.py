@@ -84,13 +84,27 @@ def test_extreme_parameters(isa, family):
     assert max(errors(actual, a, b, family, 0, "none")) <= 1e-6
 
 
-@pytest.mark.parametrize("family", ["bernoulli", "gaussian", "poisson"])
-def test_gradients_of_small_messages_keep_their_accuracy(isa, family):
+@pytest.mark.parametrize("swap", [False, True], ids=["b", "a"])
+@pytest.mark.parametrize("spread", [1e-3, 1e-6])
+@pytest.mark.parametrize("family", ["bernoulli", "gaussian", "poisson", "categorical:3", "categorical"])
+def test_gradients_of_small_messages_keep_their_accuracy(isa, family, spread, swap):
     """Where b is near 0 the means of prior and posterior nearly agree; their difference must not be taken."""
-    a, b = sample(family, (40, 126)), sample(family, (40, 126), spread=1e-3)
+    a, b = sample(family, (40, 126)), sample(family, (40, 126), spread=spread)
     if family == "poisson":
         b = b - 12  # of a rate, a small message is one near 0
-    assert max(errors(score(a, b, family, reduction="none"), a, b, family, 0, "none")) <= 1e-6
+    settings = family.partition(":")[0], families.get(family).group_size if ":" in family else 0, "none"
+    pair = (b, a) if swap else (a, b)
+    assert max(errors(score(*pair, *settings), *pair, *settings)) <= 1e-6
+
+
+@pytest.mark.parametrize("improper", ["a", "b", "both"])
+def test_a_message_without_positive_precision_has_no_loss(isa, improper):
+    a, b = sample("gaussian_learned", (3, 40)), sample("gaussian_learned", (3, 40))
+    for name, x in (("a", a), ("b", b)):
+        if improper in (name, "both"):
+            x[1, 30] = 1e-3 if name == "a" else 50.0
+    loss = score(a, b, "gaussian_learned", reduction="none")[0]
+    assert loss.isnan().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,9 +12,7 @@ REPORT = BENCH / "report.py"
 
 
 def measured(which, median, peak):
-    info = dict(
-        peak_memory_bytes=peak, bytes_moved=1 << 20, copy_bytes_per_second=2e10, fraction_of_copy_bandwidth=0.5
-    )
+    info = dict(peak_memory_bytes=peak, bytes_moved=1 << 20, copy_bytes_per_second=2e10, fraction_of_copy_bandwidth=0.5)
     return dict(group="agreement large", params={"which": which}, stats={"median": median}, extra_info=info)
 
 
@@ -26,6 +24,18 @@ def test_table_and_plot(tmp_path):
     assert "| agreement large | 10.00 ms | 8.00 | 2.00 | 4.0 | 50% |" in printed
     assert (tmp_path / "out" / "table.md").read_text() == printed
     assert (tmp_path / "out" / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_small_sizes_have_a_table_of_their_own(tmp_path):
+    size = dict(eager_seconds=2e-5, seconds=1e-5, gain=2.0)
+    benchmarks = [
+        measured("bllkern", 0.01, 100),
+        dict(group="small sizes: prototypes forward", params={}, extra_info={"sizes": {"(1, 16)": size}}),
+    ]
+    (tmp_path / "results.json").write_text(json.dumps({"benchmarks": benchmarks}))
+    command = [sys.executable, str(REPORT), str(tmp_path / "results.json")]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "| prototypes forward | (1, 16) | 10.0 µs | 2.00 |" in printed
 
 
 def test_training_has_a_report_of_its_own(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .module import _C, DTYPES, FAMILIES, check_like, empty, on_stream
+from .module import _C, DTYPES, FAMILIES, check_like, empty, empty_like, on_stream
 
 
 def agreement(
@@ -18,8 +18,8 @@ def agreement(
     width, per_row = shape[-1], reduction == "none"
     rows = a.numel() // width if width else shape[:-1].numel()
     loss = empty(shape[:-1] if per_row else (), a, torch.float32)
-    by_a = empty(shape, a, dtype) if grad_a else None
-    by_b = empty(shape, a, dtype) if grad_b else None
+    by_a = empty_like(a) if grad_a else None
+    by_b = empty_like(b) if grad_b else None
     job = (
         a.data_ptr(),
         b.data_ptr(),

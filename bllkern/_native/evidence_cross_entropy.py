@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .module import _C, DTYPES, FAMILIES, address, empty
+from .module import _C, DTYPES, FAMILIES, address, empty, empty_like
+
+_SMALL = 1 << 15  # rows * classes * width
 
 
 def evidence_cross_entropy(
@@ -29,16 +31,17 @@ def evidence_cross_entropy(
         log_prior = log_prior.contiguous()
     a, messages = a.contiguous(), messages.contiguous()
     if target.is_floating_point():
-        labels, probabilities, counted = None, target.float().contiguous(), rows
+        labels, probabilities = None, target.float().contiguous()
     else:
         labels, probabilities = target.contiguous(), None
-        counted = _C.count_labels(labels.data_ptr(), rows, classes, ignore_index)
     dtype, family_index, group = a.dtype, FAMILIES[family], group_size or max(width, 1)
-    by_a = empty(a.shape, a, dtype) if grad_a else None
-    by_messages = empty(messages.shape, a, dtype) if grad_messages else None
-    by_log_prior = empty(log_prior.shape, a, dtype) if grad_log_prior and log_prior is not None else None
-    loss = empty((), a, torch.float32)
-    workspace = empty(_C.evidence_workspace(rows, classes, width, group, family_index), a, torch.float32)
+    by_a = empty_like(a) if grad_a else None
+    by_messages = empty_like(messages) if grad_messages else None
+    by_log_prior = empty_like(log_prior) if grad_log_prior and log_prior is not None else None
+    loss = a.new_empty((), dtype=torch.float32)
+    workspace = None  # small jobs bring their own
+    if rows * classes * width > _SMALL:
+        workspace = empty(_C.evidence_workspace(rows, classes, width, group, family_index), a, torch.float32)
     _C.evidence_cross_entropy(
         a.data_ptr(),
         messages.data_ptr(),
@@ -49,7 +52,7 @@ def evidence_cross_entropy(
         address(by_messages),
         address(by_log_prior),
         loss.data_ptr(),
-        workspace.data_ptr(),
+        address(workspace),
         rows,
         classes,
         width,
@@ -57,7 +60,7 @@ def evidence_cross_entropy(
         ignore_index,
         family_index,
         DTYPES[dtype],
-        1 / counted if counted and reduction == "mean" else 1.0,
+        reduction == "mean",
     )
     return loss, by_a, by_messages, by_log_prior
 

@@ -33,7 +33,7 @@ def _gram(x: Tensor, yn: Tensor | None, labels: Tensor | None, ignore_index: int
     xn, counted = normalized(x, labels, ignore_index)
     pairs = max(counted, 1) ** 2
     result = None
-    if yn is None and len(x) >= 2 * x.shape[1] > 0:
+    if yn is None and len(x) >= max(2 * x.shape[1], _TILE_ROWS) and x.shape[1]:
         result = _by_features(x, xn, labels, ignore_index, 4 / pairs, grad_x)
     total, gradient = result or _by_tiles(x, xn, yn, labels, ignore_index, 4 / pairs, grad_x)
     return torch.tensor(total / pairs, dtype=torch.float32), gradient

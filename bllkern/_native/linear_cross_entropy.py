@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .module import _C, DTYPES, address, empty
+from .module import _C, DTYPES, address, empty, empty_like
 
 _SMALL_CLASSES = 32  # matrix products with so few columns, or
 _SMALL_PRODUCTS = 1 << 23  # with so few multiplications, are faster without the library
@@ -27,42 +27,55 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The op ``linear_cross_entropy`` of ``bllkern/_ops.py`` on the CPU."""
     classes, width = weight.shape
-    rows = x.shape[0]
-    features = x if x.dim() == 2 else x.flatten(2).mean(2)
-    if target.is_floating_point():
-        labels, probabilities, counted = None, target, rows
-    else:
-        labels, probabilities = target.contiguous(), None
-        counted = _C.count_labels(labels.data_ptr(), rows, classes, ignore_index)
-    scale = 1 / counted if counted and reduction == "mean" else 1.0
-    settings = labels, probabilities, ignore_index, label_smoothing, scale
-    wanted = grad_x, grad_weight, grad_bias and bias is not None
-    small = classes <= _SMALL_CLASSES or rows * width * classes <= _SMALL_PRODUCTS
-    head = _whole if small else _by_tiles
-    loss, by_x, by_weight, by_bias = head(features, weight, bias, settings, wanted)
-    return loss, by_x if x.dim() == 2 or by_x is None else _spread(by_x, x), by_weight, by_bias
-
-
-def _whole(features, weight, bias, settings, wanted):
-    """Loss and gradients of a head on features [N, D]."""
-    labels, probabilities, ignore_index, label_smoothing, scale = settings
-    features, weight = features.contiguous(), weight.contiguous()
-    bias = bias if bias is None else bias.contiguous()
-    probabilities = probabilities if probabilities is None else probabilities.float().contiguous()
-    inputs = features, weight, bias
-    loss = features.new_empty((), dtype=torch.float32)
-    gradients = [empty(t.shape, t, t.dtype) if want else None for t, want in zip(inputs, wanted)]
-    pointers = map(address, (*inputs, labels, probabilities, *gradients, loss))
-    _C.linear_head(
-        *pointers, *features.shape, len(weight), ignore_index, label_smoothing, scale, DTYPES[features.dtype]
+    pooled = x.dim() > 2
+    features = x.flatten(2).mean(2) if pooled else x
+    small = classes <= _SMALL_CLASSES or x.shape[0] * width * classes <= _SMALL_PRODUCTS
+    loss, by_x, by_weight, by_bias = (_whole if small else _by_tiles)(
+        features,
+        weight,
+        bias,
+        target.float().contiguous() if target.is_floating_point() else target.contiguous(),
+        (ignore_index, label_smoothing, reduction == "mean"),
+        (grad_x, grad_weight, grad_bias and bias is not None),
     )
-    return loss, *gradients
+    return loss, _spread(by_x, x) if pooled and grad_x else by_x, by_weight, by_bias
 
 
-def _by_tiles(features, weight, bias, settings, wanted):
+def _whole(features, weight, bias, target, settings, wanted):
+    """Loss and gradients of a head on features [N, D]; target is contiguous, int64 or float32."""
+    features, weight = features.contiguous(), weight.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    grad_x, grad_weight, grad_bias = wanted
+    loss = features.new_empty((), dtype=torch.float32)
+    by_x = empty_like(features) if grad_x else None
+    by_weight = empty_like(weight) if grad_weight else None
+    by_bias = empty_like(bias) if grad_bias else None
+    soft = target.dtype is torch.float32
+    _C.linear_head(
+        features.data_ptr(),
+        weight.data_ptr(),
+        address(bias),
+        0 if soft else target.data_ptr(),
+        target.data_ptr() if soft else 0,
+        address(by_x),
+        address(by_weight),
+        address(by_bias),
+        loss.data_ptr(),
+        *features.shape,
+        len(weight),
+        *settings,
+        DTYPES[features.dtype],
+    )
+    return loss, by_x, by_weight, by_bias
+
+
+def _by_tiles(features, weight, bias, target, settings, wanted):
     """The same by matrix products of bfloat16 where the features are, else of float32."""
-    labels, probabilities, ignore_index, label_smoothing, scale = settings
-    given = features.dtype
+    ignore_index, label_smoothing, mean = settings
+    soft, given = target.dtype is torch.float32, features.dtype
+    counted = len(target) if soft else _C.count_labels(target.data_ptr(), len(target), len(weight), ignore_index)
+    scale = 1 / counted if counted and mean else 1.0
     dtype = torch.bfloat16 if given == torch.bfloat16 else torch.float32
     features, w, (rows, width), classes = features.to(dtype), weight.to(dtype), features.shape, len(weight)
     offsets = None if bias is None else bias.float().contiguous()
@@ -75,13 +88,13 @@ def _by_tiles(features, weight, bias, settings, wanted):
     for i in range(0, max(rows, 1), step):
         part = features[i : i + step]
         tile = logits[: len(part)]
-        goal = None if probabilities is None else probabilities[i : i + step].float().contiguous()
+        goal = target[i : i + step].data_ptr()
         torch.mm(part, w.T, out=tile)
         loss += _C.softmax_errors(
             tile.data_ptr(),
             address(offsets),
-            0 if labels is None else labels.data_ptr() + i * labels.itemsize,
-            address(goal),
+            0 if soft else goal,
+            goal if soft else 0,
             len(part),
             classes,
             ignore_index,

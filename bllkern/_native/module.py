@@ -30,7 +30,15 @@ _LARGE = 32 << 20  # bytes from which on glibc maps every allocation anew, so th
 
 def empty(shape, like: Tensor, dtype: torch.dtype) -> Tensor:
     """A contiguous result on the device of ``like``."""
-    result = like.new_empty(shape, dtype=dtype)
+    return _in_huge_pages(like.new_empty(shape, dtype=dtype))
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """A result like contiguous ``x``."""
+    return _in_huge_pages(torch.empty_like(x))
+
+
+def _in_huge_pages(result: Tensor) -> Tensor:
     if result.nbytes >= _LARGE and not result.is_cuda:
         _C.prefer_huge_pages(result.data_ptr(), result.nbytes)
     return result

@@ -11,6 +11,7 @@ import os
 from contextlib import contextmanager
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import _ops
 from . import cpu, cuda, reference, triton
@@ -74,19 +75,48 @@ def backend(name: str):
         _named = previous
 
 
-def _register(op: str, device_type: str) -> None:
-    def kernel(*args):
-        function = _function(op, device_type, args[0].dtype, _named)
-        if not torch.is_autocast_enabled(device_type):
-            return function(*args)
-        with torch.autocast(device_type, enabled=False):  # matrix products keep the precision that the op promises
-            return function(*args)
-
-    _ops.impl(op, kernel, device_type.upper())
+def _kernel(op: str, device_type: str, args: tuple):
+    function = _function(op, device_type, args[0].dtype, _named)
+    if not torch.is_autocast_enabled(device_type):
+        return function(*args)
+    with torch.autocast(device_type, enabled=False):  # matrix products keep the precision that the op promises
+        return function(*args)
 
 
+_overloads = {}
 for _op in _ops.SCHEMAS:
+    _overloads[_op] = getattr(torch.ops.bllkern, _op).default
     for _device_type in ("cpu", "cuda"):
-        _register(_op, _device_type)
+        _ops.impl(_op, lambda *args, call=(_op, _device_type): _kernel(*call, args), _device_type.upper())
+
+
+def run(op: str, *args):
+    """Op ``op`` of ``bllkern/_ops.py`` on its backend; at least one gradient is recorded by the caller, or none is due.
+
+    Torch's dispatcher, which takes longer than a small loss itself, has a part in this only where it may have something
+    to do: for a compiler, a tracer, a dispatch mode, a profiler, a subclass of Tensor, another device.
+    """
+    if not _may_be_observed(args):
+        if args[0].is_cpu:
+            return _kernel(op, "cpu", args)
+        if args[0].is_cuda:
+            return _kernel(op, "cuda", args)
+    return _overloads[op](*args)
+
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, bool, int, float, str, type(None)))
+
+
+def _may_be_observed(args: tuple) -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    if is_in_torch_dispatch_mode() or torch.autograd._profiler_enabled():
+        return True
+    for x in args:  # a generator would cost as much as all the rest
+        if type(x) not in _PLAIN:
+            return True
+    return False
+
+
 if "BLLKERN_BACKEND" in os.environ:
     _named = _check_name(os.environ["BLLKERN_BACKEND"], "environment variable BLLKERN_BACKEND")

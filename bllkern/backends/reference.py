@@ -50,9 +50,8 @@ def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
         return
     wrong = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
     if len(wrong):
-        raise ValueError(
-            f"target must hold class indices from 0 to {classes - 1} (or ignore_index {ignore_index}), got {int(wrong[0])}"
-        )
+        allowed = f"class indices from 0 to {classes - 1} (or ignore_index {ignore_index})"
+        raise ValueError(f"target must hold {allowed}, got {int(wrong[0])}")
 
 
 def _softmax_error(logits, target, label_smoothing, reduction, ignore_index):
