@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import objectives
+from . import epilogue, objectives
 from .execution import schedules, sizing
 from .execution.targets import current
-from .objectives.terms import total
+from .objectives.terms import LocalLoss, total
 
 
 class Boundary(nn.Module):
@@ -31,9 +31,9 @@ class Boundary(nn.Module):
         channel_dim: where the channels of the activation are; by default 1 from four dimensions up, else the last.
 
     ``forward(z, block, args, kwargs)`` takes the activation and how it was computed, ``block(*args, **kwargs)``, which
-    denoising runs again; and terms of the loss that are ``known`` already (:meth:`linear`).  Raises ``RuntimeError`` in
-    training outside of :func:`bllkern.targets`, ``ValueError`` for targets that do not fit, ``FloatingPointError`` for
-    a local loss that is not finite (on the CPU).
+    denoising runs again; and what is ``known`` already: terms of the loss (:meth:`linear`), or the pooled ``features``
+    (:mod:`bllkern.epilogue`).  Raises ``RuntimeError`` in training outside of :func:`bllkern.targets`, ``ValueError``
+    for targets that do not fit, ``FloatingPointError`` for a local loss that is not finite (on the CPU).
     """
 
     def __init__(
@@ -154,9 +154,19 @@ class BlockLocal(nn.Module):
             sizing.size(self, example)
 
     def forward(self, *args, **kwargs):
-        output = self.module(*args, **kwargs)
-        z = self.local(first_tensor(output), self.module, args, kwargs)
+        output, known = self._run(args, kwargs)
+        z = self.local(first_tensor(output), self.module, args, kwargs, known)
         return type(output)((z, *output[1:])) if type(output) in (tuple, list) else z
+
+    def _run(self, args, kwargs):
+        """What the module returns, and what the objective reads of it where the end of the module yields that too."""
+        objective = self.local.objective
+        plain = kwargs or len(args) != 1 or not (self.training and torch.is_grad_enabled()) or sizing.active()
+        pooled = isinstance(objective, LocalLoss) and objective.channel_dim in (None, 1) and self.local.options.isolate
+        if plain or not pooled:
+            return self.module(*args, **kwargs), None
+        z, features = epilogue.run(self.module, *args, objective.recipe.pool)
+        return z, None if features is None else {"features": features}
 
     def plain(self) -> nn.Module:
         """The module without its boundary."""

@@ -63,11 +63,11 @@ class LocalLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """Weighted terms of activation ``z``; ``rerun(std)`` computes ``z`` again from a noisy input.
 
-        ``known`` are terms that came with ``z`` (:meth:`linear`).
+        ``known`` are terms that came with ``z`` (:meth:`linear`), or its ``features`` [N, D].
         """
         if not self._sized:
             self.initialize(z)
-        batch = self._batch(z, target, rerun)
+        batch = self._batch(z, target, rerun, known.get("features"))
         return {
             name: getattr(self.recipe, name) * (known[name] if name in known else getattr(batch, name)())
             for name in self.terms
@@ -104,10 +104,11 @@ class LocalLoss(nn.Module):
         message = raised(message, z, self.channel_dim, self.recipe.pool)
         return z + message.to(z.dtype)
 
-    def _batch(self, z: Tensor, target: Targets, rerun: Callable[[float], Tensor] | None) -> Batch:
+    def _batch(self, z: Tensor, target: Targets, rerun: Callable[[float], Tensor] | None, features=None) -> Batch:
         y = self._matched(z, target)
-        tokens = y.dim() == 1 and target.y.dim() == 2  # [B, T] became a row per token
-        features = rows(z, tokens, self.recipe.pool, self.channel_dim)
+        if features is None:
+            tokens = y.dim() == 1 and target.y.dim() == 2  # [B, T] became a row per token
+            features = rows(z, tokens, self.recipe.pool, self.channel_dim)
         return Batch(self, z, features, y, self._kind, target.ignore_index, rerun)
 
     def _matched(self, z: Tensor, target: Targets) -> Tensor:
