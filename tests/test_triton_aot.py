@@ -102,6 +102,17 @@ def test_normalization(dtype, architecture):
 
 
 @VARIANTS
+def test_prototypes(dtype, architecture):
+    types = {"x_ptr": f"*{dtype}", "mean_ptr": "*fp32", "reciprocal_ptr": "*fp32", "width": "i32"}
+    check("prototypes", "_directions", types, {"COLS": 2048}, architecture, 4)
+    types |= {"order_ptr": "*i64", "begin_ptr": "*i64", "sum_ptr": "*fp32", "classes": "i32", "parts": "i32"}
+    check("prototypes", "_sum_by_class", types, {"ROWS": 16, "COLS": 128}, architecture, 4)
+    types = {"x_ptr": f"*{dtype}", "target_ptr": "*i64", "counts_ptr": "*i64", "by_means_ptr": "*fp32"}
+    types |= {"by_x_ptr": f"*{dtype}"} | dict.fromkeys(("width", "classes", "ignore_index"), "i32")
+    check("prototypes", "_gradient", types, {"COLS": 2048}, architecture, 4)
+
+
+@VARIANTS
 @pytest.mark.parametrize("target", ("*i64", "*fp32", None))
 def test_gram_error(target, dtype, architecture):
     types = {"gram_ptr": "*fp32", "error_ptr": f"*{dtype}", "squares_ptr": "*fp32"}

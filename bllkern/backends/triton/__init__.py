@@ -19,6 +19,7 @@ else:
     from .gram import decorrelation, similarity_matching  # noqa: F401
     from .linear_agreement import linear_agreement  # noqa: F401
     from .linear_cross_entropy import linear_cross_entropy  # noqa: F401
+    from .prototypes import prototypes, prototypes_gradient  # noqa: F401
 
 
 def unavailable(op: str, device_type: str, dtype: torch.dtype) -> str | None:
