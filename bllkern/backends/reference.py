@@ -228,12 +228,10 @@ def decorrelation(x, grad_x):
 
 def prototypes(x, target, num_classes, ignore_index):
     """Means of the normalised rows of each class, and how many rows each has; 0 for classes without rows."""
-    counted = target != ignore_index
-    xn, _ = normalized_rows(_full(x))
-    labels = target[counted]
-    counts = torch.bincount(labels, minlength=num_classes)
-    sums = xn.new_zeros(num_classes, x.shape[1]).index_add_(0, labels, xn[counted])
-    return sums / counts.clamp(min=1)[:, None], counts
+    xn, _ = normalized_rows(_full(x), target != ignore_index)
+    members = (target == torch.arange(num_classes, device=x.device)[:, None]) & (target != ignore_index)
+    counts = members.sum(1)
+    return members.to(xn) @ xn / counts.clamp(min=1)[:, None], counts
 
 
 def prototypes_gradient(x, target, counts, grad, ignore_index):
