@@ -101,6 +101,26 @@ def test_normalization(dtype, architecture):
     check("gram", "_normalize_backward", types, {"COLS": 2048}, architecture, 4)
 
 
+@pytest.mark.parametrize(
+    "window, dtype, architecture",
+    (*((2, *variant) for variant in triton_aot.VARIANTS), (1, "bf16", 90), (3, "bf16", 90)),
+)
+def test_batch_norm_relu(window, dtype, architecture):
+    channels = ("weight_ptr", "bias_ptr", "mean_ptr", "reciprocal_ptr")
+    sizes = dict.fromkeys(("channels", "height", "width", "out_height", "out_width"), "i32")
+    shared = {"x_ptr": f"*{dtype}"} | dict.fromkeys(channels, "*fp32") | sizes
+    constants = {"P": 4, "Q": 4, "K": window, "BLOCK": 1024}
+    bins = dict.fromkeys(("features_ptr", "active_ptr", "along_ptr"), "*fp32")
+    types = shared | bins | {"z_ptr": f"*{dtype}"}
+    check("batch_norm_relu", "_forward", types, constants | {"BINS": 4}, architecture, 4)
+    gradients = dict.fromkeys(("by_features_ptr", "by_weight_ptr", "by_bias_ptr"), "*fp32")
+    types = shared | gradients | {"grad_ptr": f"*{dtype}", "values": "i32"}
+    check("batch_norm_relu", "_backward", types, constants, architecture, 4)
+    if window == 1:
+        types = {"x_ptr": f"*{dtype}", "mean_ptr": "*fp32", "square_ptr": "*fp32", "places": "i32"}
+        check("batch_norm_relu", "_statistics", types, {"BLOCK": 1024}, architecture, 4)
+
+
 @VARIANTS
 def test_prototypes(dtype, architecture):
     types = {"x_ptr": f"*{dtype}", "mean_ptr": "*fp32", "reciprocal_ptr": "*fp32", "width": "i32"}

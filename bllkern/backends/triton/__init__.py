@@ -15,6 +15,7 @@ except ImportError as exception:
 else:
     error = None
     from .agreement import agreement  # noqa: F401
+    from .batch_norm_relu import batch_norm_relu, batch_norm_relu_gradient  # noqa: F401
     from .evidence_cross_entropy import evidence_cross_entropy  # noqa: F401
     from .gram import decorrelation, similarity_matching  # noqa: F401
     from .linear_agreement import linear_agreement  # noqa: F401
