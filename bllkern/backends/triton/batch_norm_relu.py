@@ -189,7 +189,8 @@ def batch_norm_relu(x, weight, bias, eps, max_pool, ceil_mode, pool):
         block = _block(shape[3] * triton.cdiv(shape[2], bins[2]))
         _forward[(planes, bins[2])](
             x, weight, bias, mean, torch.rsqrt(variance + eps), z, features, active, along,
-            channels, height, width, *shape[2:], *bins[2:], triton.next_power_of_2(bins[3]), max_pool, block, num_warps=4,
+            channels, height, width, *shape[2:], *bins[2:], triton.next_power_of_2(bins[3]), max_pool, block,
+            num_warps=4,
         )  # fmt: skip
     return z, features, mean, variance, active, along
 

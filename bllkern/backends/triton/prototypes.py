@@ -78,7 +78,8 @@ def _gradient(
     ignore_index,
     COLS: tl.constexpr,
 ):
-    """One row a program: with its direction u and g by its class's mean, ``(g - mean(g) - u (u . g)) / length / count``."""
+    """One row a program: with its direction u and g by its class's mean, it is ``(g - mean(g) - u (u . g)) / length``
+    over the class's count."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLS)
     label = tl.load(target_ptr + row)
