@@ -8,6 +8,7 @@ the fraction of the copy bandwidth measured in the same run into ``extra_info``.
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from dataclasses import dataclass
 from statistics import median
@@ -156,6 +157,8 @@ class Bench:
             device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
             threads=torch.get_num_threads(),
             torch=torch.__version__,
+            triton=getattr(sys.modules.get("triton"), "__version__", None),
+            cuda=torch.version.cuda,
             peak_memory_bytes=peak,
             bytes_moved=bytes_moved,
             copy_bytes_per_second=bandwidth,

@@ -27,6 +27,14 @@ SCHEMAS = {
     # losses, float32 (or float64); z = x @ weight.T + bias, loss, gradients by z and b
     "linear_agreement": "(Tensor x, Tensor weight, Tensor? bias, Tensor b, Tensor? row_weights, str family,"
     " int group_size, str reduction, bool grad_z, bool grad_b) -> (Tensor, Tensor, Tensor?, Tensor?)",
+    # x: [N, C, H, W], weight, bias: [C]; z = max_pool(relu(batch_norm(x))), features = adaptive_avg_pool(z) to at most
+    # `pool` places a side, mean and variance [C] of the batch; and like features, for the gradient, the share of places
+    # where z > 0 and the mean of normalised x there.  All but z are in the dtype of a loss.
+    "batch_norm_relu": "(Tensor x, Tensor weight, Tensor bias, float eps, int max_pool, bool ceil_mode, int pool)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # by_features, by_weight, by_bias: gradients; what is returned is the gradient by x
+    "batch_norm_relu_gradient": "(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor variance,"
+    " Tensor by_features, Tensor by_weight, Tensor by_bias, float eps, int max_pool, bool ceil_mode) -> Tensor",
     # x: [N, D], target: [N] or [N, E]
     "similarity_matching": "(Tensor x, Tensor target, int ignore_index, bool grad_x) -> (Tensor, Tensor?)",
     # x: [N, D]
@@ -74,6 +82,24 @@ def _linear_cross_entropy(
 def _linear_agreement(x, weight, bias, b, row_weights, family, group_size, reduction, grad_z, grad_b):
     z = x.new_empty(b.shape)
     return z, _loss(x), _like(z, grad_z), _like(b, grad_b)
+
+
+def pooled_shape(x: Tensor, max_pool: int, ceil_mode: bool, pool: int) -> tuple[list[int], list[int]]:
+    """Shapes of activation and features of ``batch_norm_relu``."""
+    sides = [-(-side // max_pool) if ceil_mode else side // max_pool for side in x.shape[2:]]
+    return [*x.shape[:2], *sides], [*x.shape[:2], *(min(side, pool) for side in sides)]
+
+
+def _batch_norm_relu(x, weight, bias, eps, max_pool, ceil_mode, pool):
+    z, features = pooled_shape(x, max_pool, ceil_mode, pool)
+    statistics, kept = (x.shape[1],), features
+    return x.new_empty(z), *(_loss(x, shape) for shape in (features, statistics, statistics, kept, kept))
+
+
+def _batch_norm_relu_gradient(
+    x, weight, bias, mean, variance, by_features, by_weight, by_bias, eps, max_pool, ceil_mode
+):
+    return _like(x, True)
 
 
 def _similarity_matching(x, target, ignore_index, grad_x):

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import objectives
+from . import epilogue, objectives
 from .execution import schedules, sizing, streams
 from .execution.offload import Offload
 from .execution.targets import current
-from .objectives.terms import total
+from .objectives.terms import LocalLoss, total
 
 
 class Boundary(nn.Module):
@@ -34,9 +34,9 @@ class Boundary(nn.Module):
         channel_dim: where the channels of the activation are; by default 1 from four dimensions up, else the last.
 
     ``forward(z, block, args, kwargs)`` takes the activation and how it was computed, ``block(*args, **kwargs)``, which
-    denoising runs again; and terms of the loss that are ``known`` already (:meth:`linear`).  Raises ``RuntimeError`` in
-    training outside of :func:`bllkern.targets`, ``ValueError`` for targets that do not fit, ``FloatingPointError`` for
-    a local loss that is not finite (on the CPU).
+    denoising runs again; and what is ``known`` already: terms of the loss (:meth:`linear`), or the pooled ``features``
+    (:mod:`bllkern.epilogue`).  Raises ``RuntimeError`` in training outside of :func:`bllkern.targets`, ``ValueError``
+    for targets that do not fit, ``FloatingPointError`` for a local loss that is not finite (on the CPU).
     """
 
     def __init__(
@@ -191,8 +191,8 @@ class BlockLocal(nn.Module):
 
     def forward(self, *args, **kwargs):
         again = self._unchanged(args) if getattr(self.local.options, "denoising", 0) else self.module
-        output = self.module(*args, **kwargs)
-        z = self.local(first_tensor(output), again, args, kwargs)
+        output, known = self._run(args, kwargs)
+        z = self.local(first_tensor(output), again, args, kwargs, known)
         return _with_first(output, z)
 
     def _unchanged(self, args: tuple) -> Callable:
@@ -208,6 +208,15 @@ class BlockLocal(nn.Module):
             return self.module(*noisy, **kwargs)
 
         return again
+
+    def _run(self, args, kwargs):
+        """What the module returns, and what the objective reads of it where the end of the module yields that too."""
+        objective = self.local.objective
+        plain = kwargs or len(args) != 1 or not (self.training and torch.is_grad_enabled()) or sizing.active()
+        if plain or not (isinstance(objective, LocalLoss) and objective.reads_pooled and self.local.options.isolate):
+            return self.module(*args, **kwargs), None
+        z, features = epilogue.run(self.module, *args, objective.recipe.pool)
+        return z, None if features is None else {"features": features}
 
     def plain(self) -> nn.Module:
         """The module without its boundary."""

@@ -7,102 +7,22 @@ non-contiguous; where dtypes differ they are promoted as torch does.  None of th
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable as _once_differentiable
 
 from . import families
+from ._checks import (
+    check_device,
+    check_reduction,
+    check_rows,
+    checked_target,
+    needs_grad,
+    once_differentiable,
+    unified,
+    upstream_times,
+)
 from .backends import run
-
-_REDUCTIONS = ("mean", "sum", "none")
-
-
-def _unified(**tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in their common dtype: floats on the device of the first one, or ``None``.
-
-    The usual case, nothing to convert, costs a comparison each: these checks run at every call of every loss.
-    """
-    of, first = next(iter(tensors.items()))
-    dtype, device = first.dtype, first.device
-    if dtype.is_floating_point:
-        for x in tensors.values():
-            if x is not None and (x.dtype is not dtype or x.device != device):
-                break
-        else:
-            return tuple(tensors.values())
-    for name, x in tensors.items():
-        if x is not None and not x.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
-    for name, x in tensors.items():
-        if x is not None:
-            _check_device(of, device, name, x)
-            dtype = torch.promote_types(dtype, x.dtype)
-    return tuple(x if x is None or x.dtype == dtype else x.to(dtype) for x in tensors.values())
-
-
-def _check_device(of: str, device: torch.device, name: str, x: Tensor) -> None:
-    if x.device != device:
-        raise ValueError(f"{name} must be on the device of {of}, {device}, got {x.device}")
-
-
-def _check_reduction(reduction: str, allowed=_REDUCTIONS) -> None:
-    if reduction not in allowed:
-        raise ValueError(f"reduction must be one of {allowed}, got {reduction!r}")
-
-
-def _checked_target(target: Tensor, of: str, x: Tensor, classes: int | None) -> Tensor:
-    """``target``, class indices [N] or floats [N, classes] for the N rows of ``x`` (``of`` in messages), without graph.
-
-    That indices are below ``classes`` is for the op to check, where that needs no synchronisation.
-    """
-    _check_device(of, x.device, "target", target)
-    rows = x.shape[0]
-    if target.dtype is torch.int64:
-        if target.shape != (rows,):
-            raise ValueError(f"target must have shape [{rows}] as class indices, got {list(target.shape)}")
-    elif not target.is_floating_point():
-        raise TypeError(f"target must be int64 class indices or floats, got {target.dtype}")
-    elif target.dim() != 2 or len(target) != rows or classes not in (None, target.shape[1]):
-        raise ValueError(f"target must have shape [{rows}, {classes or 'E'}] as floats, got {list(target.shape)}")
-    return target.detach() if target.requires_grad else target
-
-
-def _check_rows(x: Tensor) -> None:
-    _unified(x=x)
-    if x.dim() != 2:
-        raise ValueError(f"x must have shape [N, D], got {list(x.shape)}")
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    if torch.is_grad_enabled():
-        for x in tensors:  # a generator would cost as much as all the rest
-            if x is not None and x.requires_grad:
-                return True
-    return False
-
-
-def once_differentiable(backward):
-    """torch's decorator of the same name; what it costs is spent only where a second derivative could be asked for."""
-    guarded = _once_differentiable(backward)
-
-    @functools.wraps(backward)
-    def once(ctx, *upstream):
-        return (guarded if torch.is_grad_enabled() else backward)(ctx, *upstream)
-
-    return once
-
-
-def _upstream(grads: tuple[Tensor | None, ...], upstream: Tensor | None) -> list[Tensor | None]:
-    """``grads`` times the gradient of the loss; where that is known to be 1 without waiting for a device, ``grads``."""
-    if upstream is None:
-        return [None] * len(grads)
-    if upstream.dim():
-        upstream = upstream.unsqueeze(-1)
-    elif upstream.device.type == "cpu" and not torch.compiler.is_compiling() and upstream.item() == 1:
-        return list(grads)
-    return [None if grad is None else (grad * upstream).to(grad.dtype) for grad in grads]
+from .convolutional import batch_norm_relu as batch_norm_relu
 
 
 class _Agreement(torch.autograd.Function):
@@ -115,7 +35,7 @@ class _Agreement(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        return *_upstream(ctx.saved_tensors, upstream), None, None, None
+        return *upstream_times(ctx.saved_tensors, upstream), None, None, None
 
 
 def agreement(a: Tensor, b: Tensor, family: str | families.Family = "bernoulli", reduction: str = "mean") -> Tensor:
@@ -134,15 +54,15 @@ def agreement(a: Tensor, b: Tensor, family: str | families.Family = "bernoulli",
     Raises: ``ValueError`` for shapes, devices, family or reduction; ``TypeError`` for dtypes.
     """
     f = families.get(family)
-    a, b = _unified(a=a, b=b)
+    a, b = unified(a=a, b=b)
     shape = a.shape
     if not shape:
         raise ValueError("a must have shape [..., D], got []")
     if b.shape != shape:
         raise ValueError(f"b must have the shape of a, {list(shape)}, got {list(b.shape)}")
-    _check_reduction(reduction)
+    check_reduction(reduction)
     f.check_width(shape[-1], "a")
-    if _needs_grad(a, b):
+    if needs_grad(a, b):
         return _Agreement.apply(a, b, f.name, f.group_size or 0, reduction)
     return run("agreement", a, b, f.name, f.group_size or 0, reduction, False, False)[0]
 
@@ -158,7 +78,7 @@ class _EvidenceCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        return *_upstream(ctx.saved_tensors, upstream), *[None] * 5
+        return *upstream_times(ctx.saved_tensors, upstream), *[None] * 5
 
 
 def evidence_cross_entropy(
@@ -188,7 +108,7 @@ def evidence_cross_entropy(
     Raises: ``ValueError`` for shapes, devices, values, family or reduction; ``TypeError`` for dtypes.
     """
     f = families.get(family)
-    a, messages, log_prior = _unified(a=a, messages=messages, log_prior=log_prior)
+    a, messages, log_prior = unified(a=a, messages=messages, log_prior=log_prior)
     if a.dim() != 2:
         raise ValueError(f"a must have shape [N, D], got {list(a.shape)}")
     width, classes = a.shape[1], messages.shape[0] if messages.dim() else 0
@@ -196,11 +116,11 @@ def evidence_cross_entropy(
         raise ValueError(f"messages must have shape [C, {width}] with C >= 1, got {list(messages.shape)}")
     if log_prior is not None and log_prior.shape != (classes,):
         raise ValueError(f"log_prior must be None or have shape [{classes}], got {list(log_prior.shape)}")
-    target = _checked_target(target, "a", a, classes)
-    _check_reduction(reduction, ("mean", "sum"))
+    target = checked_target(target, "a", a, classes)
+    check_reduction(reduction, ("mean", "sum"))
     f.check_width(width, "a")
     args = (target, f.name, f.group_size or 0, reduction, ignore_index)
-    if _needs_grad(a, messages, log_prior):
+    if needs_grad(a, messages, log_prior):
         return _EvidenceCrossEntropy.apply(a, messages, log_prior, *args)
     return run("evidence_cross_entropy", a, messages, log_prior, *args, False, False, False)[0]
 
@@ -215,7 +135,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        return *_upstream(ctx.saved_tensors, upstream), *[None] * 4
+        return *upstream_times(ctx.saved_tensors, upstream), *[None] * 4
 
 
 def linear_cross_entropy(
@@ -241,7 +161,7 @@ def linear_cross_entropy(
     Returns: a scalar in nats.
     Raises: ``ValueError`` for shapes, values or reduction; ``TypeError`` for dtypes.
     """
-    x, weight, bias = _unified(x=x, weight=weight, bias=bias)
+    x, weight, bias = unified(x=x, weight=weight, bias=bias)
     if x.dim() < 2:
         raise ValueError(f"x must have shape [N, D] or [N, D, *spatial], got {list(x.shape)}")
     width, classes = x.shape[1], weight.shape[0] if weight.dim() else 0
@@ -251,10 +171,10 @@ def linear_cross_entropy(
         raise ValueError(f"bias must be None or have shape [{classes}], got {list(bias.shape)}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
-    target = _checked_target(target, "x", x, classes)
-    _check_reduction(reduction, ("mean", "sum"))
+    target = checked_target(target, "x", x, classes)
+    check_reduction(reduction, ("mean", "sum"))
     args = (target, label_smoothing, reduction, ignore_index)
-    if _needs_grad(x, weight, bias):
+    if needs_grad(x, weight, bias):
         return _LinearCrossEntropy.apply(x, weight, bias, *args)
     return run("linear_cross_entropy", x, weight, bias, *args, False, False, False)[0]
 
@@ -277,7 +197,7 @@ class _LinearAgreement(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream_z, upstream):
         x, weight, grad_z, grad_b = ctx.saved_tensors
-        error, by_b = _upstream((grad_z, grad_b), upstream)
+        error, by_b = upstream_times((grad_z, grad_b), upstream)
         if upstream_z is not None:
             error = upstream_z if error is None else error + upstream_z
         if error is None:
@@ -321,12 +241,12 @@ def linear_agreement(
     Raises: ``ValueError`` for shapes, devices, family or reduction; ``TypeError`` for dtypes.
     """
     f = families.get(family)
-    x, weight, bias = _unified(x=x, weight=weight, bias=bias)
+    x, weight, bias = unified(x=x, weight=weight, bias=bias)
     if not b.is_floating_point():
         raise TypeError(f"b must be a floating-point tensor, got {b.dtype}")
-    _check_device("x", x.device, "b", b)
+    check_device("x", x.device, "b", b)
     if b.dtype is not x.dtype and torch.float64 in (x.dtype, b.dtype):
-        x, weight, bias, b = _unified(x=x, weight=weight, bias=bias, b=b)
+        x, weight, bias, b = unified(x=x, weight=weight, bias=bias, b=b)
     if x.dim() != 2:
         raise ValueError(f"x must have shape [N, K], got {list(x.shape)}")
     rows, inner = x.shape
@@ -341,12 +261,12 @@ def linear_agreement(
         if row_weights.shape != (rows,) or not row_weights.is_floating_point():
             given = f"{row_weights.dtype} {list(row_weights.shape)}"
             raise ValueError(f"row_weights must be None or floats of shape [{rows}], got {given}")
-        _check_device("x", x.device, "row_weights", row_weights)
+        check_device("x", x.device, "row_weights", row_weights)
         row_weights = row_weights.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    _check_reduction(reduction, ("mean", "sum"))
+    check_reduction(reduction, ("mean", "sum"))
     f.check_width(width, "b")
     settings = (row_weights, f.name, f.group_size or 0, reduction)
-    if _needs_grad(x, weight, bias, b):
+    if needs_grad(x, weight, bias, b):
         return _LinearAgreement.apply(x, weight, bias, b, *settings)
     return run("linear_agreement", x, weight, bias, b, *settings, False, False)[:2]
 
@@ -361,7 +281,7 @@ class _SimilarityMatching(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        return *_upstream(ctx.saved_tensors, upstream), None, None
+        return *upstream_times(ctx.saved_tensors, upstream), None, None
 
 
 def similarity_matching(x: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
@@ -378,9 +298,9 @@ def similarity_matching(x: Tensor, target: Tensor, ignore_index: int = -100) -> 
     Returns: a scalar without unit, from 0 to 4.
     Raises: ``ValueError`` for shapes or devices; ``TypeError`` for dtypes.
     """
-    _check_rows(x)
-    target = _checked_target(target, "x", x, None)
-    if _needs_grad(x):
+    check_rows(x)
+    target = checked_target(target, "x", x, None)
+    if needs_grad(x):
         return _SimilarityMatching.apply(x, target, ignore_index)
     return run("similarity_matching", x, target, ignore_index, False)[0]
 
@@ -395,7 +315,7 @@ class _Decorrelation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        return _upstream(ctx.saved_tensors, upstream)[0]
+        return upstream_times(ctx.saved_tensors, upstream)[0]
 
 
 def decorrelation(x: Tensor) -> Tensor:
@@ -407,8 +327,8 @@ def decorrelation(x: Tensor) -> Tensor:
     Returns: a scalar without unit, from 0 to 1.
     Raises: ``ValueError`` for the shape; ``TypeError`` for the dtype.
     """
-    _check_rows(x)
-    return _Decorrelation.apply(x) if _needs_grad(x) else run("decorrelation", x, False)[0]
+    check_rows(x)
+    return _Decorrelation.apply(x) if needs_grad(x) else run("decorrelation", x, False)[0]
 
 
 class _Prototypes(torch.autograd.Function):
@@ -442,12 +362,12 @@ def prototypes(x: Tensor, target: Tensor, num_classes: int, ignore_index: int = 
     Returns: prototypes [C, D] (float32; float64 for float64 features), lengths from 0 to 1, and counts [C] (int64).
     Raises: ``ValueError`` for shapes, devices or values; ``TypeError`` for dtypes.
     """
-    _check_rows(x)
+    check_rows(x)
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     if target.is_floating_point():
         raise TypeError(f"target must be int64 class indices, got {target.dtype}")
-    target = _checked_target(target, "x", x, num_classes)
-    if _needs_grad(x):
+    target = checked_target(target, "x", x, num_classes)
+    if needs_grad(x):
         return _Prototypes.apply(x, target, num_classes, ignore_index)
     return run("prototypes", x, target, num_classes, ignore_index)

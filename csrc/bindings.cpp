@@ -7,6 +7,7 @@
 #include <string>
 
 #include "agreement.h"
+#include "batch_norm_relu.h"
 #include "evidence_cross_entropy.h"
 #include "gram.h"
 #include "isa.h"
@@ -161,6 +162,22 @@ void prototypes_at(int64_t x, int64_t labels, int64_t prototypes, int64_t counts
     without_lock_if_long(rows * width, [&] { BLLKERN_DISPATCH(prototypes)(job); });
 }
 
+// A function of one job, whose members are its arguments; of each pass some are 0.
+template <class Pass> auto with_batch_norm_job(Pass pass) {
+    return [pass](int64_t x, int64_t weight, int64_t bias, int64_t mean, int64_t variance, int64_t z, int64_t features,
+                  int64_t active, int64_t along, int64_t by_features, int64_t by_weight, int64_t by_bias, int64_t grad_x,
+                  int64_t images, int64_t channels, int64_t height, int64_t width, int64_t out_height, int64_t out_width,
+                  int64_t bins_down, int64_t bins_across, int window, float eps, int dtype) {
+        BatchNormReluJob job = {pointer<const void>(x), pointer<const float>(weight), pointer<const float>(bias),
+                                pointer<float>(mean), pointer<float>(variance), pointer<void>(z), pointer<float>(features),
+                                pointer<float>(active), pointer<float>(along), pointer<const float>(by_features),
+                                pointer<const float>(by_weight), pointer<const float>(by_bias), pointer<void>(grad_x),
+                                images, channels, height, width, out_height, out_width, bins_down, bins_across, window,
+                                eps, static_cast<DType>(dtype)};
+        without_lock_if_long(images * channels * height * width, [&] { pass(job); });
+    };
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -179,6 +196,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("agreement", with_agreement_job([](const AgreementJob& job) {
         without_lock_if_long(job.rows * job.width, [&] { BLLKERN_DISPATCH(agreement)(job); });
     }));
+    m.def("batch_norm_relu", with_batch_norm_job([](const auto& job) { BLLKERN_DISPATCH(batch_norm_relu)(job); }));
+    m.def("batch_norm_relu_gradient",
+          with_batch_norm_job([](const auto& job) { BLLKERN_DISPATCH(batch_norm_relu_gradient)(job); }));
     m.def("evidence_workspace", &evidence_workspace);
     m.def("evidence_cross_entropy", &evidence_cross_entropy_at);
     m.def("count_labels", &count_labels);

@@ -53,6 +53,11 @@ def weighted_prototypes(x, target):
     return (means * torch.arange(1.0, 26).view(5, 5).sqrt()).sum()
 
 
+def weighted_features(x, weight, bias):
+    features = BF.batch_norm_relu(x, weight, bias, max_pool=2, ceil_mode=True, pool=2)[1]
+    return (features * torch.arange(1.0, features.numel() + 1).view(features.shape).sqrt()).sum()
+
+
 def block(family, reduction="mean", bias=True):
     def call(x, weight, b, bias=None):
         return BF.linear_agreement(x, weight, bias, b, family, reduction)[1]
@@ -91,7 +96,8 @@ CASES = [
     Case("decorrelation", "decorrelation", BF.decorrelation, ((7, 5),)),
     Case("prototypes", "prototypes", lambda x: weighted_prototypes(x, LABELS), ((7, 5),)),
 ]
-LOSSES = [case for case in CASES if case.op != "prototypes"]  # ops that return a loss with its gradients
+CASES.append(Case("batch_norm_relu", "batch_norm_relu", weighted_features, ((3, 4, 5, 6), (4,), (4,))))
+LOSSES = [case for case in CASES if case.op not in ("prototypes", "batch_norm_relu")]  # ops that return a loss with its gradients
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -104,7 +110,7 @@ on_every_backend = on_every_backend_of(CASES)
 
 
 def test_every_op_has_a_case():
-    assert {case.op for case in CASES} | {"prototypes_gradient"} == set(_ops.SCHEMAS)
+    assert {case.op for case in CASES} | {"prototypes_gradient", "batch_norm_relu_gradient"} == set(_ops.SCHEMAS)
 
 
 @every_case
@@ -270,6 +276,8 @@ def empty(case):
         return case.call, (x, weight, b[:0], *bias)
     if case.op == "similarity_matching":
         return lambda x: BF.similarity_matching(x, no_labels), (x,)
+    if case.op == "batch_norm_relu":
+        return case.call, (x, *others)
     if case.op == "prototypes":
         return lambda x: weighted_prototypes(x, no_labels), (x,)
     return case.call, (x,)
@@ -322,6 +330,15 @@ def raw_calls(op, wanted):
     elif op == "similarity_matching":
         yield x, LABELS, -100, wanted
         yield transposed, SOFT, -100, wanted
+    elif op.startswith("batch_norm_relu"):
+        images, bias = torch.randn(2, 6, 5, 4), torch.randn(6)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            images = images.contiguous(memory_format=layout)
+            if op == "batch_norm_relu":
+                yield images, bias, bias, 1e-5, 2, True, 2
+            else:
+                gradients = torch.randn(2, 6, 2, 2), bias, bias
+                yield images, bias, bias, torch.randn(6), torch.rand(6), *gradients, 1e-5, 2, True
     elif op == "prototypes":
         yield x, LABELS, 5, -100
         yield transposed, LABELS, 4, -100

@@ -101,6 +101,37 @@ def test_normalization(dtype, architecture):
     check("gram", "_normalize_backward", types, {"COLS": 2048}, architecture, 4)
 
 
+@pytest.mark.parametrize(
+    "window, dtype, architecture",
+    (*((2, *variant) for variant in triton_aot.VARIANTS), (1, "bf16", 90), (3, "bf16", 90)),
+)
+def test_batch_norm_relu(window, dtype, architecture):
+    channels = ("weight_ptr", "bias_ptr", "mean_ptr", "reciprocal_ptr")
+    sizes = dict.fromkeys(("channels", "height", "width", "out_height", "out_width"), "i32")
+    shared = {"x_ptr": f"*{dtype}"} | dict.fromkeys(channels, "*fp32") | sizes
+    constants = {"P": 4, "Q": 4, "K": window, "BLOCK": 1024}
+    bins = dict.fromkeys(("features_ptr", "active_ptr", "along_ptr"), "*fp32")
+    types = shared | bins | {"z_ptr": f"*{dtype}"}
+    check("batch_norm_relu", "_forward", types, constants | {"BINS": 4}, architecture, 4)
+    gradients = dict.fromkeys(("by_features_ptr", "by_weight_ptr", "by_bias_ptr"), "*fp32")
+    types = shared | gradients | {"grad_ptr": f"*{dtype}", "values": "i32"}
+    check("batch_norm_relu", "_backward", types, constants, architecture, 4)
+    if window == 1:
+        types = {"x_ptr": f"*{dtype}", "mean_ptr": "*fp32", "square_ptr": "*fp32", "places": "i32"}
+        check("batch_norm_relu", "_statistics", types, {"BLOCK": 1024}, architecture, 4)
+
+
+@VARIANTS
+def test_prototypes(dtype, architecture):
+    types = {"x_ptr": f"*{dtype}", "mean_ptr": "*fp32", "reciprocal_ptr": "*fp32", "width": "i32"}
+    check("prototypes", "_directions", types, {"COLS": 2048}, architecture, 4)
+    types |= {"order_ptr": "*i64", "begin_ptr": "*i64", "sum_ptr": "*fp32", "classes": "i32", "parts": "i32"}
+    check("prototypes", "_sum_by_class", types, {"ROWS": 16, "COLS": 128}, architecture, 4)
+    types = {"x_ptr": f"*{dtype}", "target_ptr": "*i64", "counts_ptr": "*i64", "by_means_ptr": "*fp32"}
+    types |= {"by_x_ptr": f"*{dtype}"} | dict.fromkeys(("width", "classes", "ignore_index"), "i32")
+    check("prototypes", "_gradient", types, {"COLS": 2048}, architecture, 4)
+
+
 @VARIANTS
 @pytest.mark.parametrize("target", ("*i64", "*fp32", None))
 def test_gram_error(target, dtype, architecture):

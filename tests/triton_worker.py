@@ -93,7 +93,8 @@ def _serve() -> None:
     while (request := _receive(sys.stdin.buffer)) is not None:
         op, args = request
         try:
-            reply = tuple(getattr(torch.ops.bllkern, op)(*args)), ""
+            results = getattr(torch.ops.bllkern, op)(*args)
+            reply = (results,) if isinstance(results, torch.Tensor) else tuple(results), ""
         except Exception:
             reply = (), traceback.format_exc()
         _send(replies, reply)

@@ -4,6 +4,7 @@ A kernel of ``_C`` takes raw pointers to contiguous tensors and writes into tens
 """
 
 from .agreement import agreement
+from .batch_norm_relu import batch_norm_relu, batch_norm_relu_gradient
 from .evidence_cross_entropy import evidence_cross_entropy
 from .gram import decorrelation, similarity_matching
 from .linear_cross_entropy import linear_cross_entropy
@@ -14,6 +15,8 @@ __all__ = [
     "DTYPES",
     "_C",
     "agreement",
+    "batch_norm_relu",
+    "batch_norm_relu_gradient",
     "cuda_built",
     "decorrelation",
     "error",

@@ -9,6 +9,8 @@ from .. import _native
 from .reference import weighted_agreement
 
 agreement = _native.agreement
+batch_norm_relu = _native.batch_norm_relu
+batch_norm_relu_gradient = _native.batch_norm_relu_gradient
 evidence_cross_entropy = _native.evidence_cross_entropy
 linear_cross_entropy = _native.linear_cross_entropy
 similarity_matching = _native.similarity_matching

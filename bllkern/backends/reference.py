@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import families
+from .._ops import pooled_shape
 
 
 def _family(name: str, group_size: int) -> families.Family:
@@ -145,6 +146,50 @@ def linear_agreement(x, weight, bias, b, row_weights, family, group_size, reduct
     )
 
 
+def batch_norm_relu_formula(x, weight, bias, eps, max_pool, ceil_mode, pool):
+    """Activation and features of ``batch_norm_relu`` in the precision of the arithmetic, differentiable."""
+    t = F.batch_norm(_full(x), None, None, weight.to(_full(x)), bias.to(_full(x)), True, 0.0, eps)
+    z = F.max_pool2d(t.relu(), max_pool, ceil_mode=ceil_mode)
+    return z, F.adaptive_avg_pool2d(z, [min(side, pool) for side in z.shape[2:]])
+
+
+def _chosen(x, weight, bias, mean, variance, eps, max_pool, ceil_mode):
+    """Normalised x, z, and where in x [H * W] each place of z has its value from."""
+    normalized = (_full(x) - mean[:, None, None]) * torch.rsqrt(variance + eps)[:, None, None]
+    t = normalized * weight.to(normalized)[:, None, None] + bias.to(normalized)[:, None, None]
+    z, index = F.max_pool2d(t.relu(), max_pool, ceil_mode=ceil_mode, return_indices=True)
+    return normalized, z, index
+
+
+def batch_norm_relu(x, weight, bias, eps, max_pool, ceil_mode, pool):
+    """``adaptive_avg_pool(max_pool(relu(batch_norm(x))))`` and what its gradient needs to know of each bin."""
+    if x.numel() == 0:
+        z, features = (_full(x).new_zeros(shape) for shape in pooled_shape(x, max_pool, ceil_mode, pool))
+        zero = z.new_zeros(x.shape[1])
+        return z.to(x.dtype), features, zero, zero.clone(), features.clone(), features.clone()
+    variance, mean = torch.var_mean(_full(x), (0, 2, 3), correction=0)
+    normalized, z, index = _chosen(x, weight, bias, mean, variance, eps, max_pool, ceil_mode)
+    along = normalized.flatten(2).gather(2, index.flatten(2)).view_as(z).where(z > 0, 0)
+    sides = [min(side, pool) for side in z.shape[2:]]
+    features, active, along = (F.adaptive_avg_pool2d(y, sides).contiguous() for y in (z, (z > 0).to(z), along))
+    return z.to(x.dtype).contiguous(), features, mean, variance, active, along
+
+
+def batch_norm_relu_gradient(
+    x, weight, bias, mean, variance, by_features, by_weight, by_bias, eps, max_pool, ceil_mode
+):
+    """``weight r (g - by_bias / M - normalized by_weight / M)``, r the reciprocal deviation, g the gradient before ReLU."""
+    if x.numel() == 0:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    normalized, z, index = _chosen(x, weight, bias, mean, variance, eps, max_pool, ceil_mode)
+    by_z = torch.ops.aten._adaptive_avg_pool2d_backward(by_features.to(z), z).where(z > 0, 0)
+    g = torch.zeros_like(normalized).flatten(2).scatter_add_(2, index.flatten(2), by_z.flatten(2)).view_as(normalized)
+    values = x.numel() // x.shape[1]
+    by_weight, by_bias = (y.to(z)[:, None, None] / values for y in (by_weight, by_bias))
+    scale = (weight.to(z) * torch.rsqrt(variance + eps))[:, None, None]
+    return _gradient(scale * (g - by_bias - normalized * by_weight), x)
+
+
 def normalized_rows(x: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Rows centred and scaled to length 1, and the lengths' reciprocals [N, 1].
 
@@ -196,12 +241,10 @@ def decorrelation(x, grad_x):
 def prototypes(x, target, num_classes, ignore_index):
     """Means of the normalised rows of each class, and how many rows each has; 0 for classes without rows."""
     check_labels(target, num_classes, ignore_index)
-    counted = target != ignore_index
-    xn, _ = normalized_rows(_full(x))
-    labels = target[counted]
-    counts = torch.bincount(labels, minlength=num_classes)
-    sums = xn.new_zeros(num_classes, x.shape[1]).index_add_(0, labels, xn[counted])
-    return sums / counts.clamp(min=1)[:, None], counts
+    xn, _ = normalized_rows(_full(x), target != ignore_index)
+    members = (target == torch.arange(num_classes, device=x.device)[:, None]) & (target != ignore_index)
+    counts = members.sum(1)
+    return members.to(xn) @ xn / counts.clamp(min=1)[:, None], counts
 
 
 def prototypes_gradient(x, target, counts, grad, ignore_index):

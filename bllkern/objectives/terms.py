@@ -84,11 +84,11 @@ class LocalLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """Weighted terms of activation ``z``; ``rerun(std)`` computes ``z`` again from a noisy input.
 
-        ``known`` are terms that came with ``z`` (:meth:`linear`).
+        ``known`` are terms that came with ``z`` (:meth:`linear`), or its ``features`` [N, D].
         """
         if not self._sized:
             self.initialize(z)
-        batch = self._batch(z, target, rerun)
+        batch = self._batch(z, target, rerun, known.get("features"))
         return {
             name: getattr(self.recipe, name) * (known[name] if name in known else getattr(batch, name)())
             for name in self.terms
@@ -132,10 +132,16 @@ class LocalLoss(nn.Module):
             self.reader = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _batch(self, z: Tensor, target: Targets, rerun: Callable[[float], Tensor] | None) -> Batch:
+    @property
+    def reads_pooled(self) -> bool:
+        """Whether all that the terms see of a map is its pooled features."""
+        return self.reader is None and self.channel_dim in (None, 1)
+
+    def _batch(self, z: Tensor, target: Targets, rerun: Callable[[float], Tensor] | None, features=None) -> Batch:
         y = self._matched(z, target)
-        tokens = y.dim() == 1 and target.y.dim() == 2  # [B, T] became a row per token
-        return Batch(self, z, self._features(z, tokens), y, self._kind, target.ignore_index, rerun)
+        if features is None:
+            features = self._features(z, y.dim() == 1 and target.y.dim() == 2)  # [B, T] became a row per token
+        return Batch(self, z, features, y, self._kind, target.ignore_index, rerun)
 
     def _matched(self, z: Tensor, target: Targets) -> Tensor:
         """The target of every row, class indices [N] or floats [N, target_features], checked against ``z``."""

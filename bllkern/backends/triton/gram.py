@@ -16,6 +16,30 @@ CHUNK = 2**22
 
 
 @triton.jit
+def direction(
+    x_ptr,  # [width]
+    width,
+    COLS: tl.constexpr,
+):
+    """Mean of a row and the reciprocal of its length once centred; 0 for one that is constant, up to rounding."""
+    column = tl.arange(0, COLS)
+    sums = tl.zeros([COLS], tl.float32)
+    for start in range(0, width, COLS):
+        sums += tl.load(x_ptr + start + column, mask=start + column < width, other=0.0).to(tl.float32)
+    mean = tl.sum(sums, 0) / width
+    squares = tl.zeros([COLS], tl.float32)
+    variations = tl.zeros([COLS], tl.float32)
+    for start in range(0, width, COLS):
+        mask = start + column < width
+        x = tl.load(x_ptr + start + column, mask=mask, other=0.0).to(tl.float32)
+        centred = tl.where(mask, x - mean, 0.0)
+        squares += x * x
+        variations += centred * centred
+    length = tl.sqrt(tl.sum(variations, 0))
+    return mean, tl.where(length > 1e-6 * tl.sqrt(tl.sum(squares, 0)), 1 / length, 0.0)
+
+
+@triton.jit
 def _normalize(
     x_ptr,  # [rows, width]
     counted_ptr,  # [rows], or None
@@ -27,29 +51,15 @@ def _normalize(
     """One row a program: centred, scaled to length 1; 0 if it is constant (up to rounding) or does not count."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLS)
-    sums = tl.zeros([COLS], tl.float32)
-    for start in range(0, width, COLS):
-        mask = start + column < width
-        sums += tl.load(x_ptr + row * width + start + column, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(sums, 0) / width
-    squares = tl.zeros([COLS], tl.float32)
-    variations = tl.zeros([COLS], tl.float32)
-    for start in range(0, width, COLS):
-        mask = start + column < width
-        x = tl.load(x_ptr + row * width + start + column, mask=mask, other=0.0).to(tl.float32)
-        centred = tl.where(mask, x - mean, 0.0)
-        squares += x * x
-        variations += centred * centred
-    length = tl.sqrt(tl.sum(variations, 0))
-    valid = length > 1e-6 * tl.sqrt(tl.sum(squares, 0))
+    mean, reciprocal = direction(x_ptr + row * width, width, COLS)
     if counted_ptr is not None:
-        valid = valid & (tl.load(counted_ptr + row) != 0)
-    reciprocal = tl.where(valid, 1 / length, 0.0)
+        reciprocal = tl.where(tl.load(counted_ptr + row) != 0, reciprocal, 0.0)
     tl.store(reciprocal_ptr + row, reciprocal)
     for start in range(0, width, COLS):
         mask = start + column < width
         x = tl.load(x_ptr + row * width + start + column, mask=mask, other=0.0).to(tl.float32)
-        tl.store(xn_ptr + row * width + start + column, tl.where(valid, (x - mean) * reciprocal, 0.0), mask=mask)
+        xn = tl.where(reciprocal > 0, (x - mean) * reciprocal, 0.0)
+        tl.store(xn_ptr + row * width + start + column, xn, mask=mask)
 
 
 @triton.jit

@@ -1,0 +1,47 @@
+"""batch_norm_relu: the end of each block of the convnet (batch 100), against the torch functions that it stands for."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bllkern.functional import batch_norm_relu
+
+from common import DEVICES, PROVIDERS, provider
+
+SHAPES = [  # images, channels, height, width; side of the windows of max pooling
+    ((100, 32, 32, 32), 2),
+    ((100, 64, 16, 16), 2),
+    ((100, 128, 8, 8), 2),
+    ((100, 128, 4, 4), 2),
+    ((100, 64, 32, 32), 1),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape, window", SHAPES, ids=str)
+@pytest.mark.parametrize("which", PROVIDERS)
+def test_batch_norm_relu(bench, benchmark, which, shape, window, dtype, direction, device):
+    backward = direction == "forward+backward"
+    if which == "compile" and (dtype != "float32" or not backward) and device == "cpu":
+        pytest.skip("compiling takes longer than it tells")
+    benchmark.group = f"batch_norm_relu {list(shape)} {window} {dtype} {direction} {device}"
+    mean, variance = torch.zeros(shape[1], device=device), torch.ones(shape[1], device=device)
+
+    def plain(x, weight, bias):
+        z = F.relu(F.batch_norm(x, mean, variance, weight, bias, training=True))
+        z = F.max_pool2d(z, window) if window > 1 else z
+        return F.adaptive_avg_pool2d(z, min(4, z.shape[2])).square().mean()
+
+    def ours(x, weight, bias):
+        return batch_norm_relu(x, weight, bias, max_pool=window)[1].square().mean()
+
+    def inputs():
+        x = torch.randn(shape, device=device).to(getattr(torch, dtype))
+        return x, torch.rand(shape[1], device=device), torch.randn(shape[1], device=device)
+
+    # forward: x read for the statistics and again, z written; backward: x read, its gradient written
+    x_bytes = inputs()[0].nbytes
+    moved = 2 * x_bytes + x_bytes // window**2 + (2 * x_bytes if backward else 0)
+    bench(provider(which, plain, ours), inputs, backward, moved)

@@ -1,0 +1,219 @@
+"""``batch_norm_relu``: batch normalisation, ReLU, max pooling and pooled features from one read of x, after that of the
+statistics; the gradient by x from one more.
+
+csrc/batch_norm_relu.cpp derives what is computed.
+"""
+
+import torch
+
+import triton
+import triton.language as tl
+
+from ..._ops import pooled_shape
+from ._launch import on_device_of
+
+BLOCK = 1024
+
+
+@triton.jit
+def _statistics(
+    x_ptr,  # [planes, places]
+    mean_ptr,  # [planes]
+    square_ptr,  # [planes]
+    places,
+    BLOCK: tl.constexpr,
+):
+    """Mean of a plane, and the sum of squared differences from it; one program for each plane."""
+    plane = tl.program_id(0).to(tl.int64)
+    x_ptr += plane * places
+    place = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, places, BLOCK):
+        sums += tl.load(x_ptr + start + place, mask=start + place < places, other=0.0).to(tl.float32)
+    mean = tl.sum(sums, 0) / places
+    squares = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, places, BLOCK):
+        mask = start + place < places
+        d = tl.where(mask, tl.load(x_ptr + start + place, mask=mask, other=0.0).to(tl.float32) - mean, 0.0)
+        squares += d * d
+    tl.store(mean_ptr + plane, mean)
+    tl.store(square_ptr + plane, tl.sum(squares, 0))
+
+
+@triton.jit
+def _largest(x_ptr, h, w, mask, height, width, mean, scale, bias, K: tl.constexpr):
+    """Of each window (h, w) the largest ``t = (x - mean) scale + bias``, ``x - mean`` there, and where: the first of
+    equal ones.  Places past the edges repeat those at the edge, which are no new maximum."""
+    d = tl.load(x_ptr + h * K * width + w * K, mask=mask, other=0.0).to(tl.float32) - mean
+    t = d * scale + bias
+    chosen = tl.zeros_like(h)
+    for k in tl.static_range(1, K * K):
+        down, across = tl.minimum(h * K + k // K, height - 1), tl.minimum(w * K + k % K, width - 1)
+        other = tl.load(x_ptr + down * width + across, mask=mask, other=0.0).to(tl.float32) - mean
+        u = other * scale + bias
+        more = u > t
+        d, t, chosen = tl.where(more, other, d), tl.where(more, u, t), tl.where(more, k, chosen)
+    return t, d, chosen
+
+
+@triton.jit
+def _forward(
+    x_ptr,  # [images, channels, height, width]
+    weight_ptr,  # [channels] float32, as are the next three
+    bias_ptr,
+    mean_ptr,
+    reciprocal_ptr,
+    z_ptr,  # [images, channels, out_height, out_width]
+    features_ptr,  # [images, channels, P, Q]
+    active_ptr,  # [images, channels, P, Q]
+    along_ptr,  # [images, channels, P, Q]
+    channels,
+    height,
+    width,
+    out_height,
+    out_width,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    BINS: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program for each row of bins of each plane; where bins overlap, two write the same z."""
+    plane, p = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    channel = plane % channels
+    mean, reciprocal = tl.load(mean_ptr + channel), tl.load(reciprocal_ptr + channel)
+    scale, bias = tl.load(weight_ptr + channel) * reciprocal, tl.load(bias_ptr + channel)
+    x_ptr += plane * height * width
+    z_ptr += plane * out_height * out_width
+    top, bottom = p * out_height // P, ((p + 1) * out_height + P - 1) // P
+    bins = tl.arange(0, BINS)
+    sums = tl.zeros([BINS], tl.float32)
+    counts = tl.zeros([BINS], tl.float32)
+    totals = tl.zeros([BINS], tl.float32)
+    for start in range(top * out_width, bottom * out_width, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        mask = place < bottom * out_width
+        h, w = place // out_width, place % out_width
+        t, d, chosen = _largest(x_ptr, h, w, mask, height, width, mean, scale, bias, K)
+        z = tl.where(t < 0, 0.0, t)
+        tl.store(z_ptr + place, z, mask=mask)
+        on = mask & (t > 0)
+        for q in tl.static_range(Q):
+            inside = (w >= q * out_width // Q) & (w < ((q + 1) * out_width + Q - 1) // Q)
+            this = bins == q
+            sums += tl.where(this, tl.sum(tl.where(mask & inside, z, 0.0), 0), 0.0)
+            counts += tl.where(this, tl.sum(tl.where(on & inside, 1.0, 0.0), 0), 0.0)
+            totals += tl.where(this, tl.sum(tl.where(on & inside, d, 0.0), 0), 0.0)
+    breadth = ((bins + 1) * out_width + Q - 1) // Q - bins * out_width // Q
+    share = 1 / ((bottom - top) * breadth).to(tl.float32)
+    out = (plane * P + p) * Q + bins
+    tl.store(features_ptr + out, sums * share, mask=bins < Q)
+    tl.store(active_ptr + out, counts * share, mask=bins < Q)
+    tl.store(along_ptr + out, totals * share * reciprocal, mask=bins < Q)
+
+
+@triton.jit
+def _backward(
+    x_ptr,  # [images, channels, height, width]
+    weight_ptr,  # [channels] float32, as are the next three
+    bias_ptr,
+    mean_ptr,
+    reciprocal_ptr,
+    by_features_ptr,  # [images, channels, P, Q] float32
+    by_weight_ptr,  # [channels] float32
+    by_bias_ptr,  # [channels] float32
+    grad_ptr,  # like x
+    channels,
+    height,
+    width,
+    out_height,
+    out_width,
+    values,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program for BLOCK windows of a plane, those that are cut off at the edges among them."""
+    plane = tl.program_id(0).to(tl.int64)
+    channel = plane % channels
+    mean, reciprocal = tl.load(mean_ptr + channel), tl.load(reciprocal_ptr + channel)
+    scale, bias = tl.load(weight_ptr + channel) * reciprocal, tl.load(bias_ptr + channel)
+    constant = -scale * tl.load(by_bias_ptr + channel) / values
+    slope = -scale * reciprocal * tl.load(by_weight_ptr + channel) / values
+    x_ptr += plane * height * width
+    grad_ptr += plane * height * width
+    by_features_ptr += plane * P * Q
+    down, across = tl.cdiv(height, K), tl.cdiv(width, K)
+    window = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = window < down * across
+    h, w = window // across, window % across
+    t, d, chosen = _largest(x_ptr, h, w, mask, height, width, mean, scale, bias, K)
+    g = tl.zeros([BLOCK], tl.float32)
+    on = mask & (h < out_height) & (w < out_width) & (t > 0)
+    # a place lies in the bin of its share of the side, and in the next one where that begins before the bin ends
+    for i in tl.static_range(4):
+        p, q = h * P // out_height + i // 2, w * Q // out_width + i % 2
+        top, left = p * out_height // P, q * out_width // Q
+        inside = on & (p < P) & (q < Q) & (top <= h) & (left <= w)
+        size = (((p + 1) * out_height + P - 1) // P - top) * (((q + 1) * out_width + Q - 1) // Q - left)
+        g += tl.load(by_features_ptr + p * Q + q, mask=inside, other=0.0) / size.to(tl.float32)
+    for k in tl.static_range(K * K):
+        row, column = h * K + k // K, w * K + k % K
+        mask_k = mask & (row < height) & (column < width)
+        x = tl.load(x_ptr + row * width + column, mask=mask_k, other=0.0).to(tl.float32)
+        by_x = (x - mean) * slope + constant + tl.where(chosen == k, g * scale, 0.0)
+        tl.store(grad_ptr + row * width + column, by_x, mask=mask_k)
+
+
+def _float(*tensors):
+    return [t.float().contiguous() for t in tensors]
+
+
+def batch_norm_relu(x, weight, bias, eps, max_pool, ceil_mode, pool):
+    """See ``bllkern/_ops.py``."""
+    (images, channels, height, width), x = x.shape, x.contiguous()
+    shape, bins = pooled_shape(x, max_pool, ceil_mode, pool)
+    z = x.new_empty(shape)
+    features, active, along = (x.new_zeros(bins, dtype=torch.float32) for _ in range(3))
+    if x.numel() == 0:
+        mean = features.new_zeros(channels)
+        return z, features, mean, mean.clone(), active, along
+    with on_device_of(x):
+        planes, places = images * channels, height * width
+        means, squares = features.new_empty(2, images, channels)
+        _statistics[(planes,)](x, means, squares, places, _block(places), num_warps=4)
+        mean = means.mean(0)
+        variance = (squares.sum(0) + places * (means - mean).square().sum(0)) / (images * places)
+        weight, bias = _float(weight, bias)
+        block = _block(shape[3] * triton.cdiv(shape[2], bins[2]))
+        _forward[(planes, bins[2])](
+            x, weight, bias, mean, torch.rsqrt(variance + eps), z, features, active, along,
+            channels, height, width, *shape[2:], *bins[2:], triton.next_power_of_2(bins[3]), max_pool, block,
+            num_warps=4,
+        )  # fmt: skip
+    return z, features, mean, variance, active, along
+
+
+def batch_norm_relu_gradient(
+    x, weight, bias, mean, variance, by_features, by_weight, by_bias, eps, max_pool, ceil_mode
+):
+    """See ``bllkern/_ops.py``."""
+    (images, channels, height, width), x = x.shape, x.contiguous()
+    grad = torch.empty_like(x)
+    if x.numel():
+        with on_device_of(x):
+            sides = pooled_shape(x, max_pool, ceil_mode, 1)[0][2:]
+            windows = triton.cdiv(height, max_pool) * triton.cdiv(width, max_pool)
+            block = _block(windows)
+            reciprocal = torch.rsqrt(variance + eps)
+            given = _float(weight, bias, mean, reciprocal, by_features, by_weight, by_bias)
+            _backward[(images * channels, triton.cdiv(windows, block))](
+                x, *given, grad, channels, height, width, *sides, images * height * width, *by_features.shape[2:],
+                max_pool, block, num_warps=4,
+            )  # fmt: skip
+    return grad
+
+
+def _block(places: int) -> int:
+    return min(triton.next_power_of_2(places), BLOCK)

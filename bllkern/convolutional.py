@@ -1,0 +1,99 @@
+"""The end of a convolutional block, normalisation to pooled features, as one differentiable function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._checks import check_device, needs_grad, once_differentiable, unified
+from .backends import run
+from .backends.reference import batch_norm_relu_formula
+
+
+class _BatchNormRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, *settings):
+        z, features, mean, variance, *kept = run("batch_norm_relu", x, weight, bias, *settings)
+        ctx.save_for_backward(x, weight, bias, mean, variance, *kept)
+        ctx.settings = settings
+        ctx.mark_non_differentiable(mean, variance)
+        ctx.set_materialize_grads(False)  # most callers detach z, whose gradient would be zeros then
+        return z, features, mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, by_z, by_features, *_):
+        x, weight, bias, mean, variance, active, along = ctx.saved_tensors
+        if by_z is not None:
+            return *_through_activation(ctx, x, weight, bias, by_z, by_features), *[None] * 4
+        if by_features is None:
+            return (None,) * 7
+        by_weight, by_bias = ((by_features * kept).sum((0, 2, 3)) for kept in (along, active))
+        by_x = None
+        if ctx.needs_input_grad[0]:
+            sums = (by_features, by_weight, by_bias)
+            by_x = run("batch_norm_relu_gradient", x, weight, bias, mean, variance, *sums, *ctx.settings[:3])
+        return by_x, by_weight.to(weight.dtype), by_bias.to(bias.dtype), *[None] * 4
+
+
+def _through_activation(ctx, x, weight, bias, by_z, by_features):
+    """The rare case of a gradient by z itself: by autograd, from the start."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        z, features = batch_norm_relu_formula(*leaves, *ctx.settings)
+        outputs, upstream = ([z], [by_z.to(z)]) if by_features is None else ([z, features], [by_z.to(z), by_features])
+        return torch.autograd.grad(outputs, leaves, upstream)
+
+
+def batch_norm_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    max_pool: int = 1,
+    ceil_mode: bool = False,
+    pool: int = 4,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The end of a convolutional block: batch normalisation, ReLU, max pooling, and what a local loss reads of it.
+
+    ``z = F.max_pool2d(F.relu(F.batch_norm(x, ..., training=True)), max_pool, ceil_mode=ceil_mode)`` and its average
+    over at most ``pool`` places a side, in one pass over x after that of the statistics.  A block-local network hands on
+    ``z.detach()``: then the gradient arrives by the features alone and takes one more pass, in which nothing as large as
+    z is made but the gradient by x.
+
+    Args:
+        x: the convolution's output [N, C, H, W].
+        weight, bias: [C], of the normalisation.
+        eps: added to the variance.
+        max_pool: side of the windows of max pooling, 1 (none), 2 or 3, which lie side by side.
+        ceil_mode: whether windows that are cut off at the edge count.
+        pool: features are averaged to at most so many places a side, as by ``F.adaptive_avg_pool2d``.
+
+    Returns: z in the dtype of x; features [N, C, P, Q]; and mean and variance [C] of the batch (not corrected) for the
+    running statistics, which have no gradient.  All but z are float32 (float64 for float64 x).
+    Raises: ``ValueError`` for shapes, devices or sizes; ``TypeError`` for dtypes.
+    """
+    unified(x=x)  # checks alone: x and the parameters keep their own dtypes
+    unified(weight=weight, bias=bias)
+    check_device("x", x.device, "weight", weight)
+    if x.dim() != 4:
+        raise ValueError(f"x must have shape [N, C, H, W], got {list(x.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor.shape != x.shape[1:2]:
+            raise ValueError(f"{name} must have shape [{x.shape[1]}], got {list(tensor.shape)}")
+    if max_pool not in (1, 2, 3):
+        raise ValueError(f"max_pool must be 1, 2 or 3, got {max_pool!r}")
+    if pool < 1:
+        raise ValueError(f"pool must be at least 1, got {pool!r}")
+    smallest = 1 if ceil_mode else max_pool
+    if min(x.shape[2:]) < smallest:
+        raise ValueError(f"x must have at least {smallest} places a side, got {list(x.shape)}")
+    settings = (eps, max_pool, ceil_mode, pool)
+    if torch.compiler.is_compiling():  # which fuses the formula, and its gradient by z too
+        full = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(full, (0, 2, 3), correction=0)
+        z, features = batch_norm_relu_formula(x, weight, bias, *settings)
+        return z.to(x.dtype), features, mean, variance
+    if needs_grad(x, weight, bias):
+        return _BatchNormRelu.apply(x, weight, bias, *settings)
+    return run("batch_norm_relu", x, weight, bias, *settings)[:4]
