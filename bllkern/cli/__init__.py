@@ -172,7 +172,10 @@ def _add_protocol(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"{', '.join(models.MODELS)}; default: mlp",
     )
-    add("--cuts", type=_cuts, metavar="CUTS", help="modules, comma separated, or how many blocks; default: the stages")
+    cuts = (
+        "modules, comma separated; how many blocks of similar cost; or stages:N, N of them along the stages, as BWBPF"
+    )
+    add("--cuts", type=_cuts, metavar="CUTS", help=f"{cuts}; default: the stages")
     add("--schedule", choices=sorted(SCHEDULES), help="when a block learns; default: eager, where losses are isolated")
     add("--epochs", type=_positive_int, default=20, metavar="N", help="default: 20")
     add("--batch-size", type=_positive_int, default=100, metavar="N", help="default: 100")
@@ -211,7 +214,10 @@ def _assignment(text: str) -> tuple[str, object]:
         return name, value
 
 
-def _cuts(text: str) -> list[str] | int:
+def _cuts(text: str) -> list[str] | int | str:
+    kind, _, blocks = text.partition(":")
+    if kind == "stages" and blocks.isdecimal():
+        return text
     if text == "1":
         raise argparse.ArgumentTypeError("must be 2 blocks or more; one block is the objective backprop")
     return int(text) if text.isdecimal() else [name.strip() for name in text.split(",")]

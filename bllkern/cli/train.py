@@ -43,7 +43,10 @@ def run(args: argparse.Namespace) -> int:
 
 def recipe_of(args: argparse.Namespace, objective: str, options: dict) -> Recipe:
     """The recipe that the arguments describe, for this objective with these options."""
-    cuts = models.default_cuts(args.model) if args.cuts is None else args.cuts
+    cuts = args.cuts
+    if cuts is None or isinstance(cuts, str):
+        with user_errors("--cuts"):
+            cuts = models.default_cuts(args.model, None if cuts is None else int(cuts.removeprefix("stages:")))
     given = {name: getattr(args, name) for name in Recipe.__dataclass_fields__ if hasattr(args, name)}
     rates = {name: value for name, value in RATES[args.optimizer].items() if given[name] is None}
     return Recipe(**{**given, **rates, "objective": objective, "options": options, "cuts": cuts})

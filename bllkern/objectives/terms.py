@@ -106,10 +106,11 @@ class LocalLoss(nn.Module):
         return z.view(*x.shape[:-1], -1), {"agreement": loss}
 
     def posterior(self, z: Tensor, target: Targets) -> Tensor:
-        """Natural parameters ``a + b`` of the posterior, shaped as ``z``: what the next block reads (bootstrapping)."""
-        message = self._batch(z, target, None).message().detach()
-        message = raised(message, z, self.channel_dim, self.recipe.pool)
-        return z + message.to(z.dtype)
+        """The activation whose natural parameters are the posterior's, ``a + b``: what the next block reads (bootstrapping)."""
+        batch = self._batch(z, target, None)
+        posterior = self.family.activation(self.family.natural(batch.features) + batch.message())
+        shift = (posterior - batch.features).detach()
+        return z + raised(shift, z, self.channel_dim, self.recipe.pool).to(z.dtype)
 
     def _batch(self, z: Tensor, target: Targets, rerun: Callable[[float], Tensor] | None) -> Batch:
         y = self._matched(z, target)
@@ -238,7 +239,7 @@ def smoothed(target: Tensor, classes: int, share: float, ignore_index: int) -> T
         return target
     if target.is_floating_point():
         return target * (1 - share) + share / classes
-    functional._check_target(target, len(target), classes, ignore_index)  # as the op would have
+    functional._check_target(target, "target", target, classes)  # as the op would have
     counted = target != ignore_index
     weight = counted * (len(target) / counted.sum(dtype=torch.float64).clamp(min=1))
     spread = (share / classes * weight)[:, None].expand(-1, classes)
