@@ -20,7 +20,7 @@ from torch import Tensor
 
 LOG_2PI = math.log(2 * math.pi)
 MIN_PRECISION = 1e-3  # twice of it is the least precision that an activation can ask for
-MAX_LOG_RATE = 8.0  # of one message; that of a posterior is up to twice as much
+MAX_LOG_RATE = 8.0  # of a backward message
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,10 @@ class Family:
     def natural(self, z: Tensor) -> Tensor:
         """Valid natural parameters [..., D] from unconstrained activations [..., D]."""
         return z
+
+    def message(self, z: Tensor) -> Tensor:
+        """Valid natural parameters [..., D] of a backward message from unconstrained numbers [..., D]."""
+        return self.natural(z)
 
     def activation(self, a: Tensor) -> Tensor:
         """What :meth:`natural` makes the parameters ``a`` [..., D] of: its inverse."""
@@ -193,8 +197,8 @@ class Poisson(Family):
     def mean(self, a):
         return torch.exp(a)
 
-    def natural(self, z):
-        return z.clamp(max=MAX_LOG_RATE)  # rates beyond overflow where messages are chained or summed
+    def message(self, z):
+        return z.clamp(max=MAX_LOG_RATE)  # rates beyond overflow where messages are chained
 
     def unit_A2(self, a):
         x = 2 * torch.exp(a / 2)

@@ -80,7 +80,7 @@ class Feedback(nn.Module):
         if self._above:
             above = self._above[0]
             messages = above.family.mean(above.messages().detach()) @ weight
-        return self.family.natural(messages)
+        return self.family.message(messages)
 
     def messages(self) -> Tensor:
         """The messages once the weights have their size."""

@@ -49,20 +49,26 @@ def local_losses(net: nn.Module) -> dict[str, Tensor]:
     return losses
 
 
+Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
 class BlockOptimizers:
     """One optimizer for each block, and one for the output block, which follows the last boundary.
+
+    With ``feedback``, the feedback of each boundary has one of its own instead of sharing the block's.
 
     Which parameters a block has is known once data has passed its boundary: at once where ``example=`` was given, else
     at the first step.  Iterating yields the optimizers that exist, block by block, the output's last (for learning-rate
     schedulers, say).
     """
 
-    def __init__(self, net: nn.Module, factory: Callable[[list[nn.Parameter]], torch.optim.Optimizer]):
+    def __init__(self, net: nn.Module, factory: Factory, feedback: Factory | None = None):
         self._net, self._factory = net, factory
         self._boundaries = [b for b in boundaries(net).values() if b.objective is not None]
         self._output: torch.optim.Optimizer | None = None
         for boundary in self._boundaries:
             boundary.optimizer, boundary.optimizer_factory = None, factory
+            boundary.feedback_optimizer, boundary.feedback_factory = None, feedback
         self._build()
 
     def _build(self) -> bool:
@@ -71,18 +77,16 @@ class BlockOptimizers:
         for boundary in self._boundaries:
             if boundary.block_parameters is None:
                 return False
-            own = [p for p in boundary.own_parameters() if id(p) not in taken]
-            taken.update(map(id, own))
-            if boundary.optimizer is None and own:
-                boundary.optimizer = self._factory(own)
+            boundary.make_optimizers(taken)
+            taken.update(map(id, boundary.own_parameters()))
         rest = [p for p in self._net.parameters() if p.requires_grad and id(p) not in taken]
         if self._output is None and rest:
             self._output = self._factory(rest)
         return True
 
     def __iter__(self) -> Iterable[torch.optim.Optimizer]:
-        found = [boundary.optimizer for boundary in self._boundaries] + [self._output]
-        return iter([optimizer for optimizer in found if optimizer is not None])
+        found = [optimizer for boundary in self._boundaries for optimizer in boundary.optimizers()]
+        return iter(found if self._output is None else [*found, self._output])
 
     def __len__(self):
         return len(list(iter(self)))
@@ -96,8 +100,8 @@ class BlockOptimizers:
         """Step the output block and every block that does not step itself (schedule ``"immediate"``)."""
         self._all()
         for boundary in self._boundaries:
-            if boundary.schedule != "immediate" and boundary.optimizer is not None:
-                boundary.optimizer.step()
+            for optimizer in boundary.optimizers() if boundary.schedule != "immediate" else ():
+                optimizer.step()
         if self._output is not None:
             self._output.step()
 
@@ -122,8 +126,10 @@ class BlockOptimizers:
             optimizer.load_state_dict(one)
 
 
-def optimizers(net: nn.Module, factory: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> BlockOptimizers:
+def optimizers(net: nn.Module, factory: Factory, feedback: Factory | None = None) -> BlockOptimizers:
     """An optimizer for each block of ``net``, made by ``factory(parameters)``; see :class:`BlockOptimizers`.
+
+    ``feedback(parameters)`` makes one for the feedback of each boundary; without it the block's takes care of that too.
 
     With schedule ``"immediate"`` each block's optimizer steps inside the forward pass, and ``step()`` of what is
     returned steps the output block; with the others it steps all blocks.
@@ -132,4 +138,4 @@ def optimizers(net: nn.Module, factory: Callable[[list[nn.Parameter]], torch.opt
     """
     if not boundaries(net):
         raise ValueError("net has no block-local boundary: use bllkern.convert or block-local layers first")
-    return BlockOptimizers(net, factory)
+    return BlockOptimizers(net, factory, feedback)

@@ -408,3 +408,57 @@ def test_backprop_is_the_plain_network():
 def test_repr_says_what_was_chosen():
     assert repr(BLL(similarity=2.0, family="poisson")) == "BLL(family='poisson', similarity=2.0)"
     assert "BWBPF(pool=2)" in repr(block(BWBPF(pool=2)))
+
+
+@pytest.mark.parametrize("schedule", ["eager", "deferred", "immediate"])
+@pytest.mark.parametrize("feedback", ["direct", "chained", "fixed"])
+def test_feedback_with_an_optimizer_of_its_own(schedule, feedback):
+    """Blocks that do not learn stay, while their feedback descends the local loss of its own boundary."""
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
+    net = bllkern.convert(net, ["0", "2"], 4, BLL(feedback=feedback, agreement=0.1), schedule, example=X)
+    chosen = bllkern.optimizers(
+        net, lambda params: torch.optim.SGD(params, 0.0), feedback=lambda params: torch.optim.SGD(params, 0.1)
+    )
+    assert len(chosen) == (3 if feedback == "fixed" else 5)
+    with bllkern.targets(Y):  # the same step, taken apart
+        twin = copy.deepcopy(net)
+        for boundary in bllkern.network.boundaries(twin).values():
+            boundary.schedule = "deferred"
+        twin(X)
+        bllkern.local_loss(twin).backward()
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    with bllkern.targets(Y):
+        loss = F.cross_entropy(net(X), Y)
+    (loss + bllkern.local_loss(net) if schedule == "deferred" else loss).backward()
+    chosen.step()
+    gradients = {name: p.grad for name, p in twin.named_parameters()}
+    for name, p in net.named_parameters():
+        if "feedback" in name and feedback != "fixed":
+            torch.testing.assert_close(p.detach(), before[name] - 0.1 * gradients[name])
+            assert gradients[name].abs().sum() > 0
+        else:
+            assert torch.equal(p, before[name]), name
+    state = chosen.state_dict()
+    assert len(state["optimizers"]) == len(chosen)
+    chosen.load_state_dict(state)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bootstrapping_hands_on_the_posterior_of_every_family(family):
+    f = families.get(family)
+    layer = block(BLL(family=family, bootstrapping=True))
+    message = layer.local.objective.feedback.messages().detach()[Y]
+    with bllkern.targets(Y):
+        out = layer(X)
+    plain = F.linear(X, layer.weight, layer.bias).detach()
+    torch.testing.assert_close(f.natural(out), f.natural(plain) + message, rtol=1e-5, atol=1e-5)
+
+
+def test_chained_rates_stay_finite():
+    net = chained_net(family="poisson")
+    with torch.no_grad():
+        for boundary in bllkern.network.boundaries(net).values():
+            boundary.objective.feedback.link.weight.fill_(100.0)
+    with bllkern.targets(Y):
+        F.cross_entropy(net(X), Y).backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
