@@ -1,6 +1,6 @@
 """Training neural networks without end-to-end backpropagation: blocks that learn from local losses."""
 
-from . import backends, families, functional, models, objectives
+from . import backends, families, functional, models, objectives, parallel
 from .backends import backend
 from .blocks import (
     BlockLocal,
@@ -36,6 +36,7 @@ __all__ = [
     "models",
     "objectives",
     "optimizers",
+    "parallel",
     "targets",
     "unwrap",
 ]

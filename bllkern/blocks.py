@@ -81,12 +81,11 @@ class Boundary(nn.Module):
             loss = total(terms, target.scale)
             schedules.check_finite(self, loss, terms)
             self._remember(loss.detach(), target)
-            schedules.SCHEDULES[self.schedule](self, z, loss)
-            if not self.options.isolate:
-                return z
+            onwards = z.detach() if self.options.isolate else z
             if getattr(self.options, "bootstrapping", False):
-                z = self.objective.posterior(z.detach(), target)
-            return z.detach()
+                onwards = self.objective.posterior(onwards, target)  # of this step's messages, whatever steps below
+            schedules.SCHEDULES[self.schedule](self, z, loss)
+            return onwards
 
     @torch.compiler.disable
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -7,6 +7,7 @@ others, and every parameter and buffer, are shared.
 from __future__ import annotations
 
 import difflib
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
@@ -15,7 +16,7 @@ from types import MethodType
 from torch import Tensor, nn
 
 from . import cuts as cuts_module
-from . import objectives
+from . import cuts_file, objectives
 from .blocks import BlockLocal, Boundary
 from .execution import sizing
 from .network import boundaries
@@ -24,9 +25,9 @@ from .objectives.alignment import watch_output
 
 def convert(
     net: nn.Module,
-    cuts: Sequence[str] | int,
+    cuts: Sequence[str] | int | str | os.PathLike,
     target_features: int,
-    objective="bll",
+    objective=None,
     schedule: str | None = None,
     example: Tensor | tuple | None = None,
     balance: str = "flops",
@@ -37,10 +38,11 @@ def convert(
         net: any network; it stays as it is, and shares parameters and buffers with what is returned.
         cuts: names of modules (as in ``net.named_modules()``) after which a block ends, or the number of blocks, which
             then have similar cost: that of ``balance``, measured on ``example`` if given, else the number of layers.
-            With an example no cut is put where a path skips it.  What follows the last cut is the output block; it
-            learns from the global loss.
+            With an example no cut is put where a path skips it.  Or a ``.json`` file that ``bllkern split`` wrote.
+            What follows the last cut is the output block; it learns from the global loss.
         target_features: number of classes, or of dimensions of real targets.
-        objective: a name or a :class:`bllkern.objectives.Objective`.
+        objective: a name or a :class:`bllkern.objectives.Objective`; by default that of the file of cuts, or ``"bll"``.
+            Where it is a name, the file says its head and pool, and its other options too if it is the file's own.
         schedule: ``"eager"`` (default), ``"deferred"`` or ``"immediate"``.
         example: an input, or a tuple of positional inputs, that gives heads and feedback their size now.
         balance: with a number of blocks, what to divide evenly: ``"flops"``, the floating-point operations, or
@@ -48,10 +50,14 @@ def convert(
             ``"immediate"``; needs an ``example`` of the batch size to train with.
 
     Raises: ``ValueError`` for a cut that does not exist (with the nearest names), stands twice, or lies in a module
-    that the network uses in several places; for too many blocks; for another ``balance``.
+    that the network uses in several places; for too many blocks; for another ``balance``; for a malformed file, naming
+    file and field.  ``FileNotFoundError`` for a file that is not there.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+    if isinstance(cuts, (str, os.PathLike)):
+        cuts, objective = _from_file(cuts, objective)
+    objective = "bll" if objective is None else objective
     inputs = example if isinstance(example, tuple) else () if example is None else (example,)
     options = objectives.get(objective)
     names = cuts_module.even(net, cuts, inputs, balance) if isinstance(cuts, int) else list(cuts)
@@ -73,6 +79,17 @@ def convert(
     if example is not None:
         sizing.size(converted, *inputs)
     return converted
+
+
+def _from_file(path: str | os.PathLike, objective) -> tuple[list[str], object]:
+    """The cuts in the file, and the objective that is asked for, or else the file's."""
+    if not os.fspath(path).endswith(".json"):
+        raise ValueError(f"cuts must be module names, a number of blocks, or a .json file, got {path!r}")
+    file = cuts_file.read(path)
+    if objective is None or isinstance(objective, str):
+        name = file.objective if objective is None else objective
+        objective = objectives.get(name, **file.options_of(name))
+    return file.cuts, objective
 
 
 def unwrap(net: nn.Module) -> nn.Module:

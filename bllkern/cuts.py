@@ -161,6 +161,15 @@ def _tensors(output) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
+def units(net: nn.Module, inputs: tuple = ()) -> list[Unit]:
+    """The network in the order of computation, in pieces between which it can be cut: measured, where there are inputs.
+
+    Without inputs every piece counts as one operation, and paths that skip a cut are not seen.
+    """
+    found = [Unit(names, flops=1) for names in groups(net)]
+    return _Trace(net, [unit.names for unit in found], inputs).whole() if inputs else found
+
+
 def even(net: nn.Module, blocks: int, inputs: tuple = (), balance: str = "flops") -> list[str]:
     """Cuts after which ``net`` falls into ``blocks`` blocks of similar cost; see :func:`bllkern.convert`.
 
@@ -171,14 +180,12 @@ def even(net: nn.Module, blocks: int, inputs: tuple = (), balance: str = "flops"
         raise ValueError(f"balance must be one of {sorted(COSTS)}, got {balance!r}")
     if balance == "memory" and not inputs:
         raise ValueError("balance='memory' needs example=, an input of the batch size to train with")
-    units = [Unit(names, flops=1) for names in groups(net)]
-    if inputs:
-        units = _Trace(net, [unit.names for unit in units], inputs).whole()
-    if isinstance(blocks, bool) or not 1 <= blocks <= len(units):
+    pieces = units(net, inputs)
+    if isinstance(blocks, bool) or not 1 <= blocks <= len(pieces):
         raise ValueError(
-            f"cuts: the number of blocks must be from 1 to {len(units)}, the layers in a row, got {blocks}"
+            f"cuts: the number of blocks must be from 1 to {len(pieces)}, the layers in a row, got {blocks}"
         )
-    return [units[end - 1].names[-1] for end in _balanced(units, blocks, COSTS[balance])]
+    return [pieces[end - 1].names[-1] for end in balanced(pieces, blocks, COSTS[balance])]
 
 
 def _flops(units: Sequence[Unit]) -> float:
@@ -206,14 +213,14 @@ def _peak_memory(units: Sequence[Unit]) -> float:
 COSTS = {"flops": _flops, "memory": _peak_memory}
 
 
-def _balanced(units: list[Unit], blocks: int, cost: Callable[[Sequence[Unit]], float]) -> list[int]:
-    """Ends of all blocks but the last that make the most expensive block cheapest (dynamic programming)."""
+def balanced(pieces: Sequence, blocks: int, cost: Callable[[Sequence], float]) -> list[int]:
+    """Ends of all blocks but the last that make the block of the highest ``cost`` cheapest (dynamic programming)."""
     best = {(0, 0): (0.0, [])}
-    for start in range(len(units)):
-        for end in range(start + 1, len(units) + 1):
-            price = cost(units[start:end])
+    for start in range(len(pieces)):
+        for end in range(start + 1, len(pieces) + 1):
+            price = cost(pieces[start:end])
             for count in range(blocks):
                 if (start, count) in best:
                     option = max(best[start, count][0], price), [*best[start, count][1], end]
                     best[end, count + 1] = min(best.get((end, count + 1), option), option, key=lambda o: o[0])
-    return best[len(units), blocks][1][:-1]
+    return best[len(pieces), blocks][1][:-1]

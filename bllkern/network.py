@@ -66,6 +66,7 @@ class BlockOptimizers:
         self._net, self._factory = net, factory
         self._boundaries = [b for b in boundaries(net).values() if b.objective is not None]
         self._output: torch.optim.Optimizer | None = None
+        self._complete = False
         for boundary in self._boundaries:
             boundary.optimizer, boundary.optimizer_factory = None, factory
             boundary.feedback_optimizer, boundary.feedback_factory = None, feedback
@@ -73,6 +74,8 @@ class BlockOptimizers:
 
     def _build(self) -> bool:
         """Make the optimizers that can be made; whether all of them exist."""
+        if self._complete:
+            return True
         taken: set[int] = set()
         for boundary in self._boundaries:
             if boundary.block_parameters is None:
@@ -82,6 +85,7 @@ class BlockOptimizers:
         rest = [p for p in self._net.parameters() if p.requires_grad and id(p) not in taken]
         if self._output is None and rest:
             self._output = self._factory(rest)
+        self._complete = True
         return True
 
     def __iter__(self) -> Iterable[torch.optim.Optimizer]:

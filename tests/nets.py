@@ -3,11 +3,14 @@
 import torch
 from torch import nn
 
+from bllkern.models.gpt import GPT
 from bllkern.models.resnet import BasicBlock, ResNet
 from bllkern.models.transformer import Transformer
+from bllkern.models.vgg import VGG
+from bllkern.models.vit import VisionTransformer
 
 CLASSES = 5
-NAMES = ["mlp", "convnet", "resnet", "transformer"]
+NAMES = ["mlp", "convnet", "vgg", "resnet", "vit", "transformer", "gpt"]
 
 
 def build(name):
@@ -34,8 +37,18 @@ def build(name):
     if name == "resnet":
         net = ResNet(BasicBlock, (1, 2, 1), CLASSES, (3, 8, 8), planes=4)
         return net, ["layer1", "layer2.0", "layer3"], torch.randn(16, 3, 8, 8), torch.randint(0, CLASSES, (16,))
-    net = Transformer(CLASSES, 6, width=16, heads=2, depth=3)
-    return net, ["layers.0", "layers.1"], torch.randint(0, CLASSES, (8, 6)), torch.randint(0, CLASSES, (8, 6))
+    if name == "vgg":
+        net = VGG(11, CLASSES, (3, 8, 8), channels=(4, 4, 8, 8, 8))
+        return net, ["features.3", "features.14"], torch.randn(16, 3, 8, 8), torch.randint(0, CLASSES, (16,))
+    if name == "vit":
+        net = VisionTransformer(CLASSES, (3, 8, 8), width=16, heads=2, depth=3)
+        cuts = ["encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_1"]
+        return net, cuts, torch.randn(16, 3, 8, 8), torch.randint(0, CLASSES, (16,))
+    tokens, targets = torch.randint(0, CLASSES, (8, 6)), torch.randint(0, CLASSES, (8, 6))
+    if name == "gpt":
+        net = GPT(CLASSES, (6,), width=16, heads=2, depth=3)
+        return net, ["transformer.h.0", "transformer.h.1"], tokens, targets
+    return Transformer(CLASSES, 6, width=16, heads=2, depth=3), ["layers.0", "layers.1"], tokens, targets
 
 
 def cross_entropy(output, y):

@@ -25,6 +25,7 @@ OBJECTIVES = {
     "everything": EVERYTHING,
     "chained": BLL(feedback="chained"),
     "fixed": BLL(feedback="fixed", agreement=0.1),
+    "linear head": BLL(head="linear"),
     "mlp head": BLL(head="mlp", feedback="chained", agreement=0.1),
 }
 

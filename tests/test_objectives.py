@@ -11,7 +11,7 @@ import bllkern
 from bllkern import families, functional, objectives
 from bllkern.objectives import BLL, BWBPF, PredSim
 from bllkern.objectives.features import raised, rows
-from bllkern.objectives.heads import WIDTH
+from bllkern.objectives.heads import CHANNELS
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(7))
 Y = torch.arange(16) % 4
@@ -122,8 +122,7 @@ def test_unknown_options_are_errors(name):
         ("bwbpf", dict(pool=0), "pool must be a positive integer, got 0"),
         ("bwbpf", dict(isolate="no"), "isolate must be one of"),
         ("deep_supervision", dict(isolate=True), "isolate must be one of"),
-        ("predsim", dict(head="deep"), r"head must be one of \('linear', 'mlp', 'conv'\), got 'deep'"),
-        ("bll", dict(head="mlp", evidence=0.0), "head='mlp' needs a weight above 0 for evidence, prediction or agreem"),
+        ("predsim", dict(head="deep"), r"head must be one of \('auto', 'linear', 'mlp', 'conv'\), got 'd"),
         ("bll", dict(head="mlp", bootstrapping=True), "head='mlp' does not go with bootstrapping"),
         ("predsim", dict(label_smoothing=-0.1), "label_smoothing must be a non-negative number"),
     ],
@@ -290,6 +289,8 @@ def test_shapes_that_no_boundary_takes(shape):
 def test_dtypes_that_no_boundary_takes():
     with pytest.raises(TypeError, match="floating-point tensor, got torch.int64"):
         rows(torch.zeros(3, 4, dtype=torch.int64), False, 4, None)
+    with pytest.raises(TypeError, match="floating-point tensor, got torch.int64"):
+        BLL().build(4).initialize(torch.zeros(3, 4, 5, 5, dtype=torch.int64))
 
 
 def test_bwbpf_is_pooling_and_a_linear_head():
@@ -303,18 +304,19 @@ def test_bwbpf_is_pooling_and_a_linear_head():
 
 
 @pytest.mark.parametrize("objective", [BLL(head="mlp", prediction=0.5, agreement=0.3), BWBPF(head="mlp")])
-def test_mlp_head_is_a_hidden_layer_before_the_terms_that_predict(objective):
+def test_mlp_head_is_a_hidden_layer_before_all_terms(objective):
     layer = block(objective)
     loss, z = local_loss(layer)
     local = layer.local.objective
     hidden = F.linear(z, local.reader.hidden.weight)
     h = torch.relu(F.batch_norm(hidden, None, None, training=True))
-    expected = F.cross_entropy(F.linear(h, local.head.weight, local.head.bias), Y)
+    smoothing = objective.label_smoothing
+    expected = F.cross_entropy(F.linear(h, local.head.weight, local.head.bias), Y, label_smoothing=smoothing)
     if isinstance(objective, BLL):
         messages, f = local.feedback.link.weight, families.get("gaussian")
         agreement = (f.A(h) + f.A(messages[Y]) - f.A2(h + messages[Y])).mean()
-        similarity = functional.similarity_matching(z, Y)
-        evidence = F.cross_entropy(F.linear(h, messages, local.log_prior), Y)
+        similarity = functional.similarity_matching(h, Y)
+        evidence = F.cross_entropy(F.linear(h, messages, local.log_prior), Y, label_smoothing=smoothing)
         expected = 0.5 * expected + 0.3 * agreement + 4.0 * similarity + evidence
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-5)
 
@@ -329,7 +331,7 @@ def test_conv_head_is_a_small_convolution(dimensions):
     local = layer.local.objective
     pool = getattr(F, f"adaptive_avg_pool{dimensions}d")
     hidden = getattr(F, f"conv{dimensions}d")(pool(z, 4), local.reader.hidden.weight, padding=1)
-    assert hidden.shape == (16, WIDTH, *[4] * dimensions)
+    assert hidden.shape == (16, CHANNELS, *[4] * dimensions)
     hidden = pool(torch.relu(F.batch_norm(hidden, None, None, training=True)), 2).flatten(1)
     expected = F.cross_entropy(F.linear(hidden, local.head.weight, local.head.bias), Y)
     torch.testing.assert_close(layer.local.loss, expected.detach())
@@ -356,6 +358,46 @@ def test_every_weight_of_a_head_learns_and_is_saved(name, head):
     for other in (net(x), net(None)):  # sized already, or by the checkpoint
         other.load_state_dict(layer.state_dict())
         assert all(torch.equal(p, layer.state_dict()[key]) for key, p in other.state_dict().items())
+
+
+def _losses_with_the_same_weights(layer, other, x):
+    for net in (layer, other):  # gives them their size
+        with bllkern.targets(Y):
+            net(x)
+    other.load_state_dict(layer.state_dict())  # strict: the same keys
+    for net in (layer, other):
+        with bllkern.targets(Y):
+            net(x)
+    return layer.local.loss, other.local.loss
+
+
+@pytest.mark.parametrize("name", ["bll", "predsim"])
+def test_auto_head_is_a_convolution_on_maps(name):
+    layer = bllkern.BlockLocalConv2d(3, 4, 3, target_features=4, objective=objectives.get(name, head="auto"))
+    same = bllkern.BlockLocalConv2d(3, 4, 3, target_features=4, objective=objectives.get(name, head="conv"))
+    x = torch.randn(16, 3, 9, 9)
+    losses = _losses_with_the_same_weights(layer, same, x)
+    assert layer.local.objective.reader.hidden.weight.shape == (CHANNELS, 4, 3, 3)
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("shape", [(16, 6), (16, 5, 6), (16, 3, 5, 6)])
+def test_auto_head_is_linear_on_all_else(shape):
+    assert BLL().head == "auto"
+    layer, plain = (
+        bllkern.BlockLocalLinear(6, 8, target_features=4, objective=BLL(head=h)) for h in ("auto", "linear")
+    )
+    x = torch.randn(shape)
+    assert torch.equal(*_losses_with_the_same_weights(layer, plain, x))
+    fresh = bllkern.BlockLocalLinear(6, 8, target_features=4, objective=BLL())
+    fresh.load_state_dict(layer.state_dict())
+    assert fresh.state_dict().keys() == layer.state_dict().keys()
+
+
+def test_auto_head_leaves_bootstrapping_its_messages():
+    objective = BLL(bootstrapping=True)
+    layer = bllkern.BlockLocalConv2d(3, 4, 3, target_features=4, objective=objective, example=torch.randn(2, 3, 9, 9))
+    assert layer.local.objective.reader is None
 
 
 def test_heads_are_for_training_only():

@@ -33,9 +33,12 @@ def hand_written(blocks, heads, objective, optimizer, data):
     """Detached blocks, each with a head [C, D] of its own: the loop that the library replaces."""
     for x, y in data:
         optimizer.zero_grad()
-        for block, (weight, bias) in zip(blocks[:-1], heads, strict=True):
+        for block, (weight, bias, *kernel) in zip(blocks[:-1], heads, strict=True):
             z = block(x.detach())
             x = z
+            for filters in kernel:  # images are smaller than what the head averages them to
+                z = F.conv2d(z, filters, padding=1)
+                z = torch.relu(F.batch_norm(z, None, None, training=True))
             rows = F.adaptive_avg_pool2d(z, min(4, z.shape[2])).flatten(1) if z.dim() == 4 else z
             loss = F.cross_entropy(rows @ weight.T + bias, y, label_smoothing=0.0 if objective == "bwbpf" else 0.1)
             if objective != "bwbpf":
@@ -59,6 +62,8 @@ def heads_of(converted):
             found.append((local.head.weight, local.head.bias))
         else:
             found.append((local.feedback.link.weight, local.log_prior))
+        if local.reader is not None:
+            found[-1] += (local.reader.hidden.weight,)
     return found
 
 

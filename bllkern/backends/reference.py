@@ -44,7 +44,7 @@ def agreement(a, b, family, group_size, reduction, grad_a, grad_b):
     )
 
 
-def _check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
+def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
     """Raise ``ValueError`` for a class index out of range, on the CPU, where looking at it needs no synchronisation."""
     if target.device.type != "cpu":
         return
@@ -58,7 +58,7 @@ def _check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
 def _softmax_error(logits, target, label_smoothing, reduction, ignore_index):
     """Cross-entropy of ``logits`` [N, C] and its gradient by them, both reduced over the rows that count."""
     if not target.is_floating_point():
-        _check_labels(target, logits.shape[1], ignore_index)
+        check_labels(target, logits.shape[1], ignore_index)
     if target.is_floating_point():
         probabilities, counted = target.to(logits), logits.new_ones(len(logits), 1)
     else:
@@ -196,7 +196,7 @@ def decorrelation(x, grad_x):
 
 def prototypes(x, target, num_classes, ignore_index):
     """Means of the normalised rows of each class, and how many rows each has; 0 for classes without rows."""
-    _check_labels(target, num_classes, ignore_index)
+    check_labels(target, num_classes, ignore_index)
     counted = target != ignore_index
     xn, _ = normalized_rows(_full(x))
     labels = target[counted]
@@ -207,7 +207,7 @@ def prototypes(x, target, num_classes, ignore_index):
 
 def prototypes_gradient(x, target, counts, grad, ignore_index):
     """The gradient by ``x`` of prototypes whose gradient is ``grad``: each row gets its share of its class's."""
-    _check_labels(target, len(grad), ignore_index)
+    check_labels(target, len(grad), ignore_index)
     counted = target != ignore_index
     xn, reciprocal = normalized_rows(_full(x), counted)
     by_xn = (grad.to(xn) / counts.clamp(min=1)[:, None])[target.where(counted, 0)]

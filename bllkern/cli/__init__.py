@@ -1,4 +1,4 @@
-"""The command line: ``bllkern train``, ``bllkern compare``, ``bllkern info``."""
+"""The command line: ``bllkern train``, ``compare``, ``split``, ``reproduce``, ``plan``, ``info``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import ast
 import dataclasses
 import sys
 import textwrap
+from pathlib import Path
 
-from .. import models, objectives
+from .. import cuts_file, models, objectives
 from ..execution.schedules import SCHEDULES
-from . import compare, info, train
+from . import block_parallel, compare, info, plan, published, reproduce, split, train
 from .data import AUGMENTATIONS, DATASETS
 from .errors import UserError
 from .presets import PRESETS
@@ -22,6 +23,9 @@ examples:
   bllkern train --objective bwbpf --output out --resume
   bllkern train --data cifar10 --data-dir ~/data --model resnet18 --cuts 4 --epochs 20
   bllkern compare --objectives backprop,bll,bwbpf --seeds 3 --output figures
+  bllkern split resnet20 --blocks 4 --data cifar10 --data-dir ~/data --output r20.json
+  bllkern reproduce bwbpf --scale cpu --data-dir ~/data
+  bllkern plan --model resnet50 --devices 4096 --bandwidth 100M
   bllkern info                                    versions, what was built, which backend runs what
 """
 TRAIN_EXAMPLES = """\
@@ -42,6 +46,28 @@ examples:
   bllkern compare --objectives backprop,bll --option bll.similarity=12.0 --output figures
 
 Writes DIR/compare.json and DIR/compare.png. Memory is what a training step holds beyond what it began with.
+
+"""
+SPLIT_EXAMPLES = """\
+examples:
+  bllkern split convnet --blocks 4 --output convnet.json
+  bllkern split resnet20 --blocks 4 --data cifar10 --data-dir ~/data --epochs 9 --output r20.json
+  bllkern split resnet20 --blocks 4 --max-time-ratio 1.0 --max-memory-ratio 0.5 --output r20.json
+  bllkern split resnet56 --from r20.json --output r56.json
+  bllkern train --model resnet20 --cuts r20.json
+
+Chooses by successive halving on a fifth of the training images, which no candidate is trained on; test images are for
+the table at the end only. FILE.journal.json keeps every training: the same command continues a killed search.
+--from carries the cuts of a shallower relative over, and compares them with a direct search.
+
+"""
+REPRODUCE_EXAMPLES = """\
+examples:
+  bllkern reproduce bwbpf --scale cpu --data-dir ~/data --output bench/results
+  bllkern reproduce bll --scale gpu --data-dir ~/data --output bench/results
+
+Writes DIR/PAPER-SCALE.json, .md and .png. The JSON keeps every training: the same command continues a killed one. What
+is not trained at a scale is in the table as "not measured".
 
 """
 
@@ -92,6 +118,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _add_train(_command(commands, "train", "train one network", TRAIN_EXAMPLES + _choices()))
     title = "train under several objectives and compare them"
     _add_compare(_command(commands, "compare", title, COMPARE_EXAMPLES + _choices()))
+    title = "search where to cut a network, and the head to learn through"
+    _add_split(_command(commands, "split", title, SPLIT_EXAMPLES))
+    title = "a paper's table, beside what is measured here"
+    _add_reproduce(_command(commands, "reproduce", title, REPRODUCE_EXAMPLES))
+    _add_plan(_command(commands, "plan", "predict steps on many devices from blocks measured here", None))
     info_parser = _command(commands, "info", "versions, what was built, which backend runs what", None)
     info_parser.set_defaults(run=info.run, command="info")
     return parser, commands.choices
@@ -131,12 +162,20 @@ def _objective_options() -> str:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=train.run, command="train", preset_options={})
+    parser.set_defaults(run=_train, command="train", preset_options={})
     _add_protocol(parser)
-    parser.add_argument("--objective", default="bll", choices=sorted(objectives.OBJECTIVES), help="default: bll")
+    names = sorted(objectives.OBJECTIVES)
+    parser.add_argument("--objective", choices=names, help="default: that of the file of cuts, or bll")
     _add_option(parser, "NAME=VALUE", "an option of the objective, such as family=bernoulli; may be repeated")
     parser.add_argument("--output", metavar="DIR", help="folder for checkpoint, metrics, weights; default: none")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --output")
+
+    parallel = "ranks that share the blocks, under torchrun; ranks left over train on other parts of each batch"
+    parser.add_argument("--block-parallel", type=_positive_int, metavar="K", help=parallel)
+
+
+def _train(args: argparse.Namespace) -> int:
+    return (train if args.block_parallel is None else block_parallel).run(args)
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
@@ -154,28 +193,78 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", default="bllkern-compare", help="default: bllkern-compare")
 
 
+def _add_split(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=split.run, command="split", validation=None)
+    add = parser.add_argument
+    add("model", choices=models.MODELS, metavar="MODEL", help=f"one of {', '.join(models.MODELS)}")
+    add("--blocks", type=_blocks, metavar="K", help="blocks to cut into, 2 or more")
+    add("--from", dest="source", metavar="FILE", help="what bllkern split found for a relative, to carry over")
+    add("--candidates", type=_non_negative_int, default=24, metavar="N", help="default: 24; 0: transfer only")
+    add("--max-time-ratio", type=_positive_float, metavar="X", help="of a step, to backprop's; default: any")
+    add("--max-memory-ratio", type=_positive_float, metavar="X", help="of a step's peak, to backprop's; default: any")
+    add("--seeds", type=_positive_int, default=3, metavar="N", help="of the final table, from --seed on; default: 3")
+    add("--objective", choices=cuts_file.OBJECTIVES, help="default: that of --from, or bll")
+    _add_option(parser, "NAME=VALUE", "an option of the objective, such as family=bernoulli; may be repeated")
+    add("--output", default="cuts.json", metavar="FILE", help="default: cuts.json")
+    _add_training(parser)
+
+
+def _add_reproduce(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=reproduce.run, command="reproduce")
+    add = parser.add_argument
+    names = list(published.PAPERS)
+    add("paper", choices=names, metavar="PAPER", help=f"one of {', '.join(names)}")
+    add("--scale", choices=["cpu", "gpu"], required=True, help="how much is trained, on what")
+    add("--data-dir", metavar="DIR", help="the folder that holds cifar-10-batches-py")
+    add("--seeds", type=_positive_int, metavar="N", help="default: those of the scale")
+    add("--output", metavar="DIR", default="bllkern-reproduce", help="default: bllkern-reproduce")
+    _add_machine(parser)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=plan.run, command="plan")
+    add = parser.add_argument
+    add("--model", default="resnet18", choices=sorted(models.MODELS), metavar="NAME", help="default: resnet18")
+    add("--objective", default="bll", choices=plan.OBJECTIVES, help="of the blocks; default: bll")
+    add("--cuts", type=_cuts, metavar="CUTS", help="modules, comma separated, or how many blocks; default: the stages")
+    add("--devices", type=_positive_int, default=1024, metavar="N", help="up to so many; default: 1024")
+    add(
+        "--bandwidth", type=_bandwidth, default=1e9, metavar="B", help="bits per second of a link, as 100M; default: 1G"
+    )
+    add("--latency", type=_non_negative_float, default=0.0, metavar="S", help="seconds of a link; default: 0")
+    add("--batch-size", type=_positive_int, default=16, metavar="N", help="of a micro-batch; default: 16")
+    add("--micro-batches", type=_positive_int, default=4, metavar="N", help="in a step; default: 4")
+    add("--seed", type=_non_negative_int, default=0, metavar="N", help="of weights and inputs; default: 0")
+    add("--threads", type=_positive_int, metavar="N", help="CPU threads; default: torch's choice")
+    add("--output", metavar="DIR", default="bllkern-plan", help="default: bllkern-plan")
+
+
+def _bandwidth(text: str) -> float:
+    scale = {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:])
+    return _positive_float(text if scale is None else text[:-1]) * (scale or 1)
+
+
 def _add_protocol(parser: argparse.ArgumentParser) -> None:
     """What decides how a network is trained, apart from the objective."""
     add = parser.add_argument
     add("--preset", choices=sorted(PRESETS), help="defaults as a paper's released code has them, see below")
+    add("--validation", type=_positive_int, metavar="N", help="test on N training samples instead of the test data")
+    names = ", ".join(models.MODELS)
+    add("--model", default="mlp", choices=models.MODELS, metavar="NAME", help=f"{names}; default: mlp")
+    text = "modules, comma separated; how many blocks; stages:N, N along the stages; a .json of bllkern split"
+    add("--cuts", type=_cuts, metavar="CUTS", help=f"{text}; default: the stages")
+    _add_training(parser)
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    """What decides how a given network with given cuts is trained."""
+    add = parser.add_argument
     add("--data", default="digits", choices=DATASETS, metavar="NAME", help=f"{', '.join(DATASETS)}; default: digits")
     add("--data-dir", metavar="PATH", help="where the data set is, see below")
     add("--train-size", type=_positive_int, metavar="N", help="training samples; default: all")
     add("--test-size", type=_positive_int, metavar="N", help="test samples; default: all")
-    add("--validation", type=_positive_int, metavar="N", help="test on N training samples instead of the test data")
     add("--augment", choices=AUGMENTATIONS, help="of images; default: what is usual for the data set")
     add("--image-size", type=_positive_int, metavar="N", help="for tiny-imagenet and folder; default: 64")
-    add(
-        "--model",
-        default="mlp",
-        choices=models.MODELS,
-        metavar="NAME",
-        help=f"{', '.join(models.MODELS)}; default: mlp",
-    )
-    cuts = (
-        "modules, comma separated; how many blocks of similar cost; or stages:N, N of them along the stages, as BWBPF"
-    )
-    add("--cuts", type=_cuts, metavar="CUTS", help=f"{cuts}; default: the stages")
     add("--schedule", choices=sorted(SCHEDULES), help="when a block learns; default: eager, where losses are isolated")
     add("--epochs", type=_positive_int, default=20, metavar="N", help="default: 20")
     add("--batch-size", type=_positive_int, default=100, metavar="N", help="default: 100")
@@ -183,7 +272,12 @@ def _add_protocol(parser: argparse.ArgumentParser) -> None:
     add("--lr", type=_positive_float, metavar="X", help="the largest learning rate; default: 0.004, for sgd 0.1")
     add("--weight-decay", type=_non_negative_float, metavar="X", help="default: 0.01, for sgd 0.0005")
     add("--lr-schedule", default="onecycle", choices=["onecycle", "cosine"], help="default: onecycle")
-    add("--seed", type=_seed, default=0, metavar="N", help="of weights and order of the data; default: 0")
+    add("--seed", type=_non_negative_int, default=0, metavar="N", help="of weights and order of the data; default: 0")
+    _add_machine(parser)
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--device", metavar="NAME", help="such as cpu or cuda:1; default: cuda where there is one")
     add("--threads", type=_positive_int, metavar="N", help="CPU threads; default: torch's choice")
 
@@ -214,7 +308,9 @@ def _assignment(text: str) -> tuple[str, object]:
         return name, value
 
 
-def _cuts(text: str) -> list[str] | int | str:
+def _cuts(text: str) -> list[str] | int | str | Path:
+    if text.endswith(".json"):
+        return Path(text)
     kind, _, blocks = text.partition(":")
     if kind == "stages" and blocks.isdecimal():
         return text
@@ -243,6 +339,10 @@ def _number(text: str, kind: type, minimum: float, strict: bool, allowed: str):
     return value
 
 
+def _blocks(text: str) -> int:
+    return _number(text, int, 2, False, "an integer of 2 or more")
+
+
 def _positive_int(text: str) -> int:
     return _number(text, int, 1, False, "a positive integer")
 
@@ -255,5 +355,5 @@ def _non_negative_float(text: str) -> float:
     return _number(text, float, 0, False, "a non-negative number")
 
 
-def _seed(text: str) -> int:
+def _non_negative_int(text: str) -> int:
     return _number(text, int, 0, False, "a non-negative integer")

@@ -30,6 +30,14 @@ def write_json(path: Path, content: object) -> None:
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
+def read_json(path: Path) -> object:
+    """What :func:`write_json` wrote.  Raises :class:`UserError` for a file that is missing or no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as exception:
+        raise UserError(f"--resume: {path} cannot be read: {exception}") from exception
+
+
 def write_tensors(path: Path, content: object) -> None:
     """As ``torch.save``."""
     buffer = io.BytesIO()
@@ -56,12 +64,16 @@ def load(path: Path, arguments: dict) -> dict:
         raise UserError(f"--resume: {path} is truncated or not a checkpoint: {reason}") from exception
     if not _is_checkpoint(content):
         raise UserError(f"--resume: {path} is not a checkpoint of bllkern train")
-    for name, value in arguments.items():
-        before = content["arguments"].get(name)
-        if before != value:
-            option = {"options": "--option"}.get(name, "--" + name.replace("_", "-"))
-            raise UserError(f"--resume: {path} was made with {option} {before!r}, not {value!r}")
+    check_arguments(path, content["arguments"], arguments)
     return content["training"]
+
+
+def check_arguments(path: Path, before: dict, arguments: dict) -> None:
+    """Raise :class:`UserError` naming the option unless ``path`` was made with these arguments."""
+    for name, value in arguments.items():
+        if before.get(name) != value:
+            option = {"options": "--option"}.get(name, "--" + name.replace("_", "-"))
+            raise UserError(f"--resume: {path} was made with {option} {before.get(name)!r}, not {value!r}")
 
 
 def _is_checkpoint(content: object) -> bool:

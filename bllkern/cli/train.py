@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import bllkern
 
-from .. import models
+from .. import cuts_file, models
 from . import checkpoint
 from .data import Dataset, load
 from .errors import UserError, user_errors
@@ -41,12 +41,24 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def recipe_of(args: argparse.Namespace, objective: str, options: dict) -> Recipe:
-    """The recipe that the arguments describe, for this objective with these options."""
-    cuts = args.cuts
-    if cuts is None or isinstance(cuts, str):
-        with user_errors("--cuts"):
-            cuts = models.default_cuts(args.model, None if cuts is None else int(cuts.removeprefix("stages:")))
+def stage_cuts(args: argparse.Namespace) -> list[str] | int | Path:
+    """``--cuts`` as given, or the names of those along the stages."""
+    if args.cuts is not None and not isinstance(args.cuts, str):
+        return args.cuts
+    blocks = None if args.cuts is None else int(args.cuts.removeprefix("stages:"))
+    with user_errors("--cuts"):
+        return models.default_cuts(args.model, blocks)
+
+
+def recipe_of(args: argparse.Namespace, objective: str | None, options: dict) -> Recipe:
+    """The recipe that the arguments describe, for this objective (``None``: the cuts file's, or bll), these options."""
+    cuts = stage_cuts(args)
+    if isinstance(cuts, Path):
+        with user_errors():
+            file = cuts_file.read(cuts)
+        objective = objective or file.objective
+        cuts, options = file.cuts, {**file.options_of(objective), **options}
+    objective = objective or "bll"
     given = {name: getattr(args, name) for name in Recipe.__dataclass_fields__ if hasattr(args, name)}
     rates = {name: value for name, value in RATES[args.optimizer].items() if given[name] is None}
     return Recipe(**{**given, **rates, "objective": objective, "options": options, "cuts": cuts})

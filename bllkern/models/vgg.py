@@ -18,10 +18,10 @@ CHANNELS = (64, 128, 256, 512, 512)
 class VGG(nn.Module):
     """Stages of convolutions, a pooling after each (:func:`stage_ends`), and a classifier."""
 
-    def __init__(self, depth: int, num_classes: int, in_shape: Sequence[int]):
+    def __init__(self, depth: int, num_classes: int, in_shape: Sequence[int], channels: Sequence[int] = CHANNELS):
         super().__init__()
         layers, width = [], in_shape[0]
-        for convolutions, filters in zip(DEPTHS[depth], CHANNELS):
+        for convolutions, filters in zip(DEPTHS[depth], channels, strict=True):
             for _ in range(convolutions):
                 layers += [nn.Conv2d(width, filters, 3, padding=1), nn.BatchNorm2d(filters), nn.ReLU(inplace=True)]
                 width = filters

@@ -31,9 +31,10 @@ class BLL(Objective):
             from that of the boundary above; needs :func:`bllkern.convert`), or ``"fixed"`` (random, untrained).
         bootstrapping: the next block reads the posterior ``a + b`` instead of ``a`` while training.
         pool: convolutional features are averaged to at most ``pool`` places a side.
-        head: what evidence, prediction and agreement read: the pooled features (``"linear"``), a hidden layer on them
-            (``"mlp"``), or a small convolution before the pooling (``"conv"``); see :class:`.heads.Head`.  Similarity
-            and decorrelation read the pooled features under all three.
+        head: what the terms (but denoising) see of the activation: its pooled features (``"linear"``), a hidden layer
+            on them (``"mlp"``), a small convolution before the pooling (``"conv"``; see :class:`.heads.Head`), or by
+            default (``"auto"``) the convolution for maps [B, C, *spatial] and the features themselves for all else.
+            With bootstrapping, whose messages stand for the activation itself, it is ``"linear"``.
 
     Raises: ``TypeError`` for unknown options, ``ValueError`` for their values.
     """
@@ -52,17 +53,13 @@ class BLL(Objective):
     noise: float = 0.01
     bootstrapping: bool = False
     pool: int = 4
-    head: str = "linear"
+    head: str = "auto"
 
     def __post_init__(self):
         families.get(self.family)
         choices = {"feedback": KINDS, "similarity_target": ("labels", "feedback"), "bootstrapping": (False, True)}
         check_options(self, **choices, head=HEADS)
-        if self.head == "linear":
-            return
-        if not self.evidence + self.prediction + self.agreement > 0:
-            raise ValueError(f"head={self.head!r} needs a weight above 0 for evidence, prediction or agreement")
-        if self.bootstrapping:
+        if self.head in ("mlp", "conv") and self.bootstrapping:
             raise ValueError(f"head={self.head!r} does not go with bootstrapping, whose messages are not hidden")
 
     def build(self, target_features):

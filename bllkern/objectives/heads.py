@@ -1,4 +1,4 @@
-"""What stands between an activation and the terms that predict from it: nothing, a hidden layer, a convolution."""
+"""What stands between an activation and the terms that score it: nothing, a hidden layer, a small convolution."""
 
 from __future__ import annotations
 
@@ -7,41 +7,49 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..feedback import LazyWeight
-from .features import averaged, channels_last
+from .features import averaged, channels_last, check_floating, in_full_precision, rows
 
-HEADS = ("linear", "mlp", "conv")
-WIDTH = 128  # hidden units, or channels; more where there are more classes
+HEADS = ("auto", "linear", "mlp", "conv")
+WIDTH = 128  # hidden units of mlp; more where there are more classes
+CHANNELS = 64  # of conv: 32 lose two points of CIFAR-10 accuracy, see bench/results/ablation-cifar10-convnet.md
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class Head(nn.Module):
-    """Reads features [N, D] or the activation they come from as hidden features [N, H], which the prediction sees.
+    """Reads an activation as hidden features [N, H], which the terms see instead of its pooled rows [N, D].
 
-    ``mlp``: a linear layer of ``WIDTH`` units.  ``conv``: the activation [B, C, *spatial], averaged to at most twice
-    ``pool`` places a side, goes through a convolution of three places a side to ``WIDTH`` channels, and is averaged to
-    ``pool``; the averaging first keeps its cost independent of the image's size.  Both end with batch normalisation
-    (without parameters or running statistics) and ReLU.  Used in training only.
+    ``mlp``: a linear layer of ``WIDTH`` units on these rows.  ``conv``: the activation [B, C, *spatial], averaged to at
+    most twice ``pool`` places a side, goes through a convolution of three places a side to ``CHANNELS`` channels, and
+    is averaged to ``pool``; the averaging first keeps its cost independent of the image's size.  Both with batch
+    normalisation (without parameters or running statistics) and ReLU after the layer.  Used in training only.
     """
 
     def __init__(self, kind: str, target_features: int, pool: int):
         super().__init__()
         self.kind, self.pool = kind, pool
-        self.hidden = LazyWeight(max(WIDTH, target_features), bias=False)
+        self.hidden = LazyWeight(CHANNELS if kind == "conv" else max(WIDTH, target_features), bias=False)
 
     def extra_repr(self):
         return self.kind
 
-    def forward(self, z: Tensor, features: Tensor, channel_dim: int | None) -> Tensor:
-        """Hidden features of activation ``z`` with features [N, D].  ``ValueError`` where ``conv`` has no map."""
+    def forward(self, z: Tensor, tokens: bool, channel_dim: int | None) -> Tensor:
+        """Hidden features of ``z``, for ``tokens`` see :func:`.features.rows`.  ``ValueError`` if conv gets no map."""
         if self.kind == "mlp":
+            features = rows(z, tokens, self.pool, channel_dim)
             weight, _ = self.hidden(features)
             return _activated(F.linear(features, weight))
-        if z.dim() == 2 or channels_last(z, channel_dim):
+        if not is_map(z, channel_dim):
             raise ValueError(f"head='conv' needs an activation [B, C, *spatial], got {list(z.shape)}")
-        maps = averaged(z, 2 * self.pool).to(features.dtype)
+        check_floating(z)
+        maps = in_full_precision(averaged(z, 2 * self.pool))
         weight, _ = self.hidden(maps)
         return averaged(_activated(_CONVOLUTIONS[z.dim() - 2](maps, weight, padding=1)), self.pool).flatten(1)
+
+
+def is_map(z: Tensor, channel_dim: int | None) -> bool:
+    """Whether ``z`` is [B, C, *spatial], which a convolution can read."""
+    return z.dim() > 2 and not channels_last(z, channel_dim)
 
 
 def _activated(hidden: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -12,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import families, functional
+from ..backends import reference
 from ..execution.targets import Targets, kind_of
 from ..feedback import Feedback, LazyWeight
 from .features import raised, rows
-from .heads import Head
+from .heads import Head, is_map
 
 if TYPE_CHECKING:
     from .bll import BLL
@@ -34,7 +34,7 @@ class LocalLoss(nn.Module):
         self.terms = [name for name in TERMS if getattr(recipe, name) > 0]
         if not self.terms:
             raise ValueError(f"at least one term needs a weight above 0; the terms are {', '.join(TERMS)}")
-        self.reader = None if recipe.head == "linear" else Head(recipe.head, target_features, recipe.pool)
+        self.reader = self._reader()
         self.head = LazyWeight(target_features) if recipe.prediction > 0 else None
         reads_messages = {"agreement", "likelihood", "evidence"} & set(self.terms) or recipe.bootstrapping
         if recipe.similarity > 0 and recipe.similarity_target == "feedback":
@@ -45,25 +45,38 @@ class LocalLoss(nn.Module):
         self._kind: str | None = None
         self._sized = False
 
+    def _reader(self) -> Head | None:
+        """The head that ``recipe.head`` names; ``"auto"`` is a convolution until an activation comes that is no map."""
+        if self.recipe.head == "linear" or self.terms == ["denoising"]:
+            return None
+        if self.recipe.head == "auto" and self.recipe.bootstrapping:
+            return None
+        kind = "conv" if self.recipe.head == "auto" else self.recipe.head
+        return Head(kind, self.target_features, self.recipe.pool)
+
     def extra_repr(self):
         weights = [f"{name}={getattr(self.recipe, name)}" for name in self.terms]
         return ", ".join([*weights, f"family={self.family.name}"])
 
     def initialize(self, z: Tensor) -> None:
         """Size heads and feedback for activations like ``z``."""
-        features = self.read(z, rows(z, False, self.recipe.pool, self.channel_dim))
+        if self.recipe.head == "auto" and not is_map(z, self.channel_dim):
+            self.reader = None
+        features = self._features(z, False)
         if self.head is not None:
             self.head(features)
         if self.feedback is not None:
-            self.family.check_width(features.shape[1], "the pooled activation at a boundary")
+            self.family.check_width(features.shape[1], "the message at a boundary")
             self.feedback.initialize(features)
         if self.log_prior is not None:
             self.log_prior.data = self.log_prior.data.to(features)
         self._sized = True
 
-    def read(self, z: Tensor, features: Tensor) -> Tensor:
-        """What evidence, prediction and agreement see of ``z``: its features [N, D], or those of the hidden layer."""
-        return features if self.reader is None else self.reader(z, features, self.channel_dim)
+    def _features(self, z: Tensor, tokens: bool) -> Tensor:
+        """What the terms see of ``z``: its pooled rows [N, D], or what the head reads in it."""
+        if self.reader is not None:
+            return self.reader(z, tokens, self.channel_dim)
+        return rows(z, tokens, self.recipe.pool, self.channel_dim)
 
     def forward(
         self, z: Tensor, target: Targets, rerun: Callable[[float], Tensor], known: Mapping[str, Tensor] = _NOTHING
@@ -106,17 +119,23 @@ class LocalLoss(nn.Module):
         return z.view(*x.shape[:-1], -1), {"agreement": loss}
 
     def posterior(self, z: Tensor, target: Targets) -> Tensor:
-        """The activation whose natural parameters are the posterior's, ``a + b``: what the next block reads (bootstrapping)."""
+        """The activation whose natural parameters ``a + b`` are the posterior's: what the next block reads in training."""
         batch = self._batch(z, target, None)
         posterior = self.family.activation(self.family.natural(batch.features) + batch.message())
         shift = (posterior - batch.features).detach()
         return z + raised(shift, z, self.channel_dim, self.recipe.pool).to(z.dtype)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """A checkpoint says whether ``head="auto"`` has a head."""
+        known = any(key.startswith(prefix) for key in state_dict)
+        if self.recipe.head == "auto" and known and not any(key.startswith(prefix + "reader.") for key in state_dict):
+            self.reader = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _batch(self, z: Tensor, target: Targets, rerun: Callable[[float], Tensor] | None) -> Batch:
         y = self._matched(z, target)
         tokens = y.dim() == 1 and target.y.dim() == 2  # [B, T] became a row per token
-        features = rows(z, tokens, self.recipe.pool, self.channel_dim)
-        return Batch(self, z, features, y, self._kind, target.ignore_index, rerun)
+        return Batch(self, z, self._features(z, tokens), y, self._kind, target.ignore_index, rerun)
 
     def _matched(self, z: Tensor, target: Targets) -> Tensor:
         """The target of every row, class indices [N] or floats [N, target_features], checked against ``z``."""
@@ -151,26 +170,21 @@ class Batch:
         self.z, self.features, self.y = z, features, y
         self.kind, self.ignore_index, self.rerun = kind, ignore_index, rerun
 
-    @cached_property
-    def read(self) -> Tensor:
-        """The features that predict, computed once for all terms that need them."""
-        return self.loss.read(self.z, self.features)
-
     def message(self) -> Tensor:
         """The backward message of every row [N, D]; a row with ``ignore_index`` reads that of class 0."""
-        messages = self.loss.feedback(self.read)
+        messages = self.loss.feedback(self.features)
         if self.kind == "classes":
             return messages[self.y.where(self.y != self.ignore_index, 0)]
         return self.y.to(messages) @ messages
 
     def agreement(self) -> Tensor:
         """Free energy of forward and backward message, per sample that counts (BLL)."""
-        a, b = self.family.natural(self.read), self.message()
+        a, b = self.family.natural(self.features), self.message()
         return self._mean(functional.agreement(a, b, self.family, "none"))
 
     def likelihood(self) -> Tensor:
         """Minus the log evidence of the own message, not normalised over classes, per sample that counts (BLL)."""
-        return -self._mean(self.family.evidence(self.family.natural(self.read), self.message()))
+        return -self._mean(self.family.evidence(self.family.natural(self.features), self.message()))
 
     def row_weights(self) -> Tensor | None:
         """What each row counts in a mean over those without ``ignore_index``; ``None`` where all rows count."""
@@ -186,9 +200,9 @@ class Batch:
         large message would win whatever the activation says.
         """
         self._needs_classes("evidence")
-        messages = self.loss.feedback(self.read)
+        messages = self.loss.feedback(self.features)
         return functional.evidence_cross_entropy(
-            self.family.natural(self.read),
+            self.family.natural(self.features),
             messages,
             smoothed(self.y, len(messages), self.recipe.label_smoothing, self.ignore_index),
             self.family,
@@ -198,11 +212,11 @@ class Batch:
 
     def prediction(self) -> Tensor:
         """Cross-entropy of the auxiliary head (BWBPF), or its mean squared error for real targets."""
-        weight, bias = self.loss.head(self.read)
+        weight, bias = self.loss.head(self.features)
         if self.kind == "real":
-            return F.mse_loss(F.linear(self.read, weight, bias), self.y.to(self.features))
+            return F.mse_loss(F.linear(self.features, weight, bias), self.y.to(self.features))
         return functional.linear_cross_entropy(
-            self.read, weight, bias, self.y, self.recipe.label_smoothing, ignore_index=self.ignore_index
+            self.features, weight, bias, self.y, self.recipe.label_smoothing, ignore_index=self.ignore_index
         )
 
     def similarity(self) -> Tensor:
@@ -230,7 +244,7 @@ class Batch:
 
 
 def smoothed(target: Tensor, classes: int, share: float, ignore_index: int) -> Tensor:
-    """The target as class probabilities [N, C] with ``share`` of each row spread over the classes (Szegedy et al. 2015).
+    """The target as class probabilities [N, C], ``share`` of each row spread over the classes (arXiv 1512.00567).
 
     For an op whose mean runs over all rows: those with ``ignore_index`` are 0, and the others weigh more instead.
     ``target`` itself where nothing is to be spread.
@@ -239,7 +253,7 @@ def smoothed(target: Tensor, classes: int, share: float, ignore_index: int) -> T
         return target
     if target.is_floating_point():
         return target * (1 - share) + share / classes
-    functional._check_target(target, "target", target, classes)  # as the op would have
+    reference.check_labels(target, classes, ignore_index)  # as the op would have
     counted = target != ignore_index
     weight = counted * (len(target) / counted.sum(dtype=torch.float64).clamp(min=1))
     spread = (share / classes * weight)[:, None].expand(-1, classes)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import TILE, WARPS, matmul, on_device_of, tile_shape
+from ._launch import WARPS, matmul, on_device_of, tile_shape
 
 CHUNK = 2**22
 

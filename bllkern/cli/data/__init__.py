@@ -62,7 +62,7 @@ def load(
     raw = read(**options) if what is None else read(Path(data_dir), **options)
     train, test = raw.train, raw.test
     if validation is not None:
-        train, test = _hold_out(*train, validation)
+        train, test = hold_out(*train, validation)
     train = _in_memory(*_first(*train, train_size, "--train-size"))
     test = _in_memory(*_first(*test, test_size, "--test-size"))
     images, black = len(train[0].shape) == 4, torch.zeros(())
@@ -85,7 +85,7 @@ def _subset(x: Tensor | ImageFiles, y: Tensor, index: Tensor) -> Part:
     return (x.subset(index) if isinstance(x, ImageFiles) else x[index]), y[index]
 
 
-def _hold_out(x: Tensor | ImageFiles, y: Tensor, size: int) -> tuple[Part, Part]:
+def hold_out(x: Tensor | ImageFiles, y: Tensor, size: int) -> tuple[Part, Part]:
     """All but the last ``size`` samples of the fixed permutation, and those; each in the order of that permutation."""
     if not 1 <= size < len(x):
         raise UserError(f"--validation must be from 1 to {len(x) - 1}, got {size}")

@@ -1,0 +1,166 @@
+"""Two ranks that share the blocks of a network, next to one process and to torch's 1F1B pipeline on the same two ranks.
+
+A stack of eight equal convolutions, micro-batch 16, four micro-batches a step, one thread a process, gloo.  The variants
+take turns, so that what else the machine does weighs on all alike; where one process works alone, the other waits.
+``extra_info`` holds the least and the median seconds of a step over the rounds, the least CPU seconds of the busier rank
+(what a step would take on cores of its own), and the bytes sent in a step.
+"""
+
+import json
+import os
+import time
+from statistics import median
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+import bllkern
+from bllkern.parallel import BlockParallel
+
+LAYERS, CHANNELS, SIDE, CLASSES = 8, 32, 32, 10
+MICRO_BATCH, MICRO_BATCHES = 16, 4
+ROUNDS, STEPS = 16, 3
+COMPRESSED = "two ranks, bf16 messages"
+
+
+def stack():
+    """Eight convolutions of equal cost and a linear output."""
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.ReLU()) for _ in range(LAYERS)]
+    return nn.Sequential(*layers, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS, CLASSES)))
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+
+
+def block_local(objective, example):
+    return bllkern.convert(stack(), [str(LAYERS // 2 - 1)], CLASSES, objective, example=example)
+
+
+def one_process(objective, x, y):
+    """``run(steps)`` of the whole network on rank 0."""
+    net = block_local(objective, x[:MICRO_BATCH])
+    optimizers = bllkern.optimizers(net, sgd)
+
+    def step():
+        for x_, y_ in zip(x.split(MICRO_BATCH), y.split(MICRO_BATCH)):
+            with bllkern.targets(y_, scale=1 / MICRO_BATCHES):
+                loss = F.cross_entropy(net(x_), y_) / MICRO_BATCHES
+            loss.backward()
+        optimizers.step()
+        optimizers.zero_grad()
+
+    def run(steps):
+        for _ in range(steps if dist.get_rank() == 0 else 0):
+            step()
+
+    return run, lambda: 0, lambda: None
+
+
+def block_parallel(objective, x, y, compress=None):
+    """``run(steps)`` of this rank's blocks, the bytes it has sent so far, and what ends it."""
+    example = x[:MICRO_BATCH], y[:MICRO_BATCH]
+    net, mesh = block_local(objective, example[0]), init_device_mesh("cpu", (dist.get_world_size(),))
+    parallel = BlockParallel(
+        net, mesh, optimizer=sgd, example=example, after=[str(LAYERS // 2 - 1)], compress=compress, timeout=60
+    )
+
+    def run(steps):
+        for _ in range(steps):
+            parallel.step(x, y, MICRO_BATCHES)
+
+    return run, lambda: parallel.bytes_sent, parallel.close
+
+
+def pipeline(x, y):
+    """The same for end-to-end backprop of the same network in torch's pipeline."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    layers = list(stack())
+    per_rank = LAYERS // ranks
+    mine = nn.Sequential(*layers[rank * per_rank : None if rank == ranks - 1 else (rank + 1) * per_rank])
+    stage = PipelineStage(mine, rank, ranks, torch.device("cpu"))
+    optimizer, sent = sgd(mine.parameters()), [0]
+    schedule = Schedule1F1B(stage, MICRO_BATCHES, loss_fn=F.cross_entropy)
+    for name in ("get_fwd_send_ops", "get_bwd_send_ops"):
+        setattr(stage, name, _counting(getattr(stage, name), sent))
+
+    def run(steps):
+        for _ in range(steps):
+            schedule.step(*([x] if rank == 0 else []), target=y if rank == ranks - 1 else None)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run, lambda: sent[0], lambda: None
+
+
+def _counting(operations, sent):
+    def counted(*args):
+        found = operations(*args)
+        sent[0] += sum(operation.tensor.nbytes for operation in found)
+        return found
+
+    return counted
+
+
+def _rank(rank, ranks, folder, objective):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    x, y = (
+        torch.randn(MICRO_BATCHES * MICRO_BATCH, CHANNELS, SIDE, SIDE),
+        torch.arange(MICRO_BATCHES * MICRO_BATCH) % 10,
+    )
+    variants = {
+        "one process": one_process(objective, x, y),
+        "two ranks": block_parallel(objective, x, y),
+        COMPRESSED: block_parallel(objective, x, y, "bf16"),
+        "1F1B": pipeline(x, y),
+    }
+    seconds, busy = {name: [] for name in variants}, {name: [] for name in variants}
+    for run, *_ in variants.values():
+        run(1)
+    sent = {}
+    for _ in range(ROUNDS):
+        for name, (run, bytes_sent, _) in variants.items():
+            dist.barrier()
+            before, start, cpu = bytes_sent(), time.perf_counter(), time.process_time()
+            run(STEPS)
+            used = torch.tensor((time.process_time() - cpu) / STEPS)
+            dist.barrier()
+            seconds[name].append((time.perf_counter() - start) / STEPS)
+            total = torch.tensor(bytes_sent() - before)
+            dist.all_reduce(total)
+            dist.all_reduce(used, dist.ReduceOp.MAX)
+            sent[name] = int(total) // STEPS
+            busy[name].append(float(used))
+    for *_, close in variants.values():
+        close()
+    if rank == 0:
+        with open(f"{folder}/results.json", "w") as file:
+            json.dump({"seconds": seconds, "cpu": busy, "bytes": sent}, file)
+
+
+@pytest.mark.parametrize("objective", ["bwbpf", "bll"])
+def test_two_ranks(benchmark, objective, tmp_path):
+    """One round is the whole job: two processes, all variants in turns."""
+    benchmark.group = f"block-parallel, {LAYERS} convolutions, {objective}, load {os.getloadavg()[0]:.1f}"
+    benchmark.pedantic(lambda: mp.spawn(_rank, (2, tmp_path, objective), nprocs=2), rounds=1, iterations=1)
+    with open(tmp_path / "results.json") as file:
+        results = json.load(file)
+    least = {name: min(times) for name, times in results["seconds"].items()}
+    benchmark.extra_info.update(
+        load=os.getloadavg()[0],
+        least_seconds=least,
+        median_seconds={name: median(times) for name, times in results["seconds"].items()},
+        least_cpu_seconds={name: min(times) for name, times in results["cpu"].items()},
+        bytes_per_step=results["bytes"],
+        times_one_process=least["one process"] / least["two ranks"],
+        times_1f1b=least["1F1B"] / least["two ranks"],
+    )
+    print(json.dumps(benchmark.extra_info, indent=1))

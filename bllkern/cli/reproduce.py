@@ -1,0 +1,170 @@
+"""``bllkern reproduce``: a paper's table, published figures beside what is measured here, with backprop."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import bllkern
+
+from .. import models
+from .checkpoint import write_atomically
+from .data import Dataset, load
+from .errors import UserError
+from .journal import Journal
+from .loop import Recipe
+from .markdown import mean_and_spread, percent, table
+from .published import NAMES, PAPERS, SCALES, Paper, Scale
+from .train import device, start
+
+UNMEASURED = "not measured"
+
+
+def run(args: argparse.Namespace) -> int:
+    paper, scale = PAPERS[args.paper], SCALES[args.paper, args.scale]
+    if args.seeds is not None:
+        scale = dataclasses.replace(scale, seeds=args.seeds)
+    where, output = device(args), Path(args.output)
+    name = f"{args.paper}-{args.scale}"
+    arguments = {"paper": paper.title, "scale": args.scale, **scale.recipe, "device": where.type}
+    data = _data(scale, args.data_dir)
+    journal = Journal(output / f"{name}.json", arguments)
+    try:
+        _train_all(paper, scale, data, journal, where)
+    finally:  # what an interrupted command has measured is in the table too
+        rows = _rows(paper, scale, journal.content["results"])
+        text = _markdown(paper, scale, args.scale, where, rows)
+        journal.finish(table=rows, versions={"bllkern": bllkern.__version__, "torch": torch.__version__})
+        write_atomically(output / f"{name}.md", text.encode())
+        write_atomically(output / f"{name}.png", _plot(paper, args.scale, rows))
+    print(f"{text}\n{output}: {name}.json, {name}.md, {name}.png")
+    return 0
+
+
+def _data(scale: Scale, folder: str | None) -> dict[tuple[str, str], Dataset]:
+    """The data of every row that can be trained; what is missing is said.  Raises :class:`UserError` where all is."""
+    found, missing = {}, {}
+    sizes = scale.recipe["train_size"], scale.recipe["test_size"]
+    for row in scale.rows:
+        try:
+            found[row] = load(row[0], folder, *sizes)
+        except UserError as error:
+            missing[row] = error
+    if not found:
+        raise next(iter(missing.values()))
+    for row, error in missing.items():
+        print(f"bllkern reproduce: {' '.join(row)} is not measured: {error}", file=sys.stderr)
+    return found
+
+
+def _train_all(paper: Paper, scale: Scale, data: dict, journal: Journal, where: torch.device) -> None:
+    """Every method on every row with every seed, one seed after the other, but for what the journal has."""
+    cells = [(row, method, seed) for row in data for seed in range(scale.seeds) for method in paper.methods]
+    with tqdm(total=len(cells) * scale.recipe["epochs"], disable=None, leave=False, unit="epoch") as bar:
+        for row, method, seed in cells:
+            bar.set_description(", ".join([*row, method, f"seed {seed}"]))
+            train = partial(_train, _recipe(paper, scale, row, method, seed), data[row], where, bar)
+            journal.result(_key(row, method, seed), train)
+
+
+def _recipe(paper: Paper, scale: Scale, row: tuple[str, str], method: str, seed: int) -> Recipe:
+    data, model = row
+    objective, options = paper.methods[method]
+    cuts = models.default_cuts(model)
+    what = {"data": data, "model": model, "objective": objective, "options": options, "cuts": cuts, "seed": seed}
+    return Recipe(**scale.recipe, **what, schedule=None)
+
+
+def _key(row: tuple[str, str], method: str, seed: int) -> str:
+    return "/".join([*row, method, str(seed)])
+
+
+def _train(recipe: Recipe, data: Dataset, where: torch.device, bar: tqdm) -> dict:
+    training = start(recipe, data, where)
+    for _ in range(recipe.epochs):
+        training.train_epoch(lambda loss: None)
+        bar.update()
+    return training.results()
+
+
+def _rows(paper: Paper, scale: Scale, results: dict[str, dict]) -> list[dict]:
+    """A row for each network, of the paper and of the scale: published errors, and measured ones as mean and spread."""
+    rows = []
+    for row in dict.fromkeys([*paper.published, *scale.rows]):
+        measured = {}
+        for method in paper.methods:
+            keys = [_key(row, method, seed) for seed in range(scale.seeds)]
+            errors = [1 - results[key]["accuracy"] for key in keys if key in results]
+            mean, spread = mean_and_spread(errors) if errors else (None, None)
+            measured[method] = {"seeds": len(errors), "error_mean": mean, "error_std": spread}
+        published = dict(zip(paper.columns, paper.published.get(row, [None] * len(paper.columns))))
+        rows.append({"data": row[0], "network": row[1], "published": published, "measured": measured})
+    return rows
+
+
+def _markdown(paper: Paper, scale: Scale, name: str, where: torch.device, rows: list[dict]) -> str:
+    head = ["", *(f"{column} (published)" for column in paper.columns), *paper.methods]
+    lines = []
+    for row in rows:
+        published = ["-" if error is None else f"{error:.2f}" for error in row["published"].values()]
+        measured = [_cell(cell, scale.seeds) for cell in row["measured"].values()]
+        lines.append([f"{NAMES[row['data']]}, {row['network']}", *published, *measured])
+    recipe = scale.recipe
+    sizes = ["all" if recipe[size] is None else f"{recipe[size]:,}" for size in ("train_size", "test_size")]
+    measured = (
+        f"Measured: {sizes[0]} training and {sizes[1]} test images, {recipe['epochs']} epochs, batches of "
+        f"{recipe['batch_size']}, one-cycle AdamW (peak {recipe['lr']:g}); mean and standard deviation over "
+        f"{scale.seeds} seeds; torch {torch.__version__} on {where.type}. {scale.note}"
+    )
+    title = f"# {paper.title} at the scale `{name}`"
+    intro = "Test error in %. A dash: no published figure at hand."
+    return "\n\n".join([title, intro, table(head, lines), measured.rstrip(), paper.note]) + "\n"
+
+
+def _cell(measured: dict, seeds: int) -> str:
+    if measured["error_mean"] is None:
+        return UNMEASURED
+    partly = "" if measured["seeds"] == seeds else f" ({measured['seeds']} of {seeds} seeds)"
+    return percent(measured["error_mean"], measured["error_std"]) + partly
+
+
+def _plot(paper: Paper, name: str, rows: list[dict]) -> bytes:
+    """The errors of every row, published ones hollow and measured ones filled, as a PNG file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.42 * len(rows)), layout="constrained")
+    labels = [f"{NAMES[row['data']]}, {row['network']}" for row in rows]
+    for series, (method, colour) in enumerate(zip([*paper.columns, *paper.methods], pyplot.cm.tab10.colors)):
+        points = [_point(row, method) for row in rows]
+        places = [(i, *point) for i, point in enumerate(points) if point is not None]
+        style = {"color": colour, "fillstyle": "none" if series < len(paper.columns) else "full"}
+        label = method + (" (published)" if series < len(paper.columns) else "")
+        y, x, spread = zip(*places) if places else ((), (), ())
+        axes.errorbar(x, y, xerr=spread, fmt="o", capsize=3, label=label, **style)
+    axes.set(yticks=range(len(rows)), yticklabels=labels, xlabel="test error (%)", title=f"{paper.title}, {name} scale")
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    pyplot.close(figure)
+    return content.getvalue()
+
+
+def _point(row: dict, method: str) -> tuple[float, float] | None:
+    """Error and spread in percent, if there is one."""
+    if method in row["published"]:
+        error, spread = row["published"][method], 0.0
+        return None if error is None else (error, spread)
+    cell = row["measured"][method]
+    return None if cell["error_mean"] is None else (100 * cell["error_mean"], 100 * (cell["error_std"] or 0.0))

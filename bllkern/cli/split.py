@@ -1,0 +1,233 @@
+"""``bllkern split``: where to cut a network, and the head to learn through, found by training on a part of the data."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import bllkern
+
+from .. import cuts as cuts_module
+from .. import cuts_file, models, search
+from ..cuts_file import CutsFile
+from ..search import Candidate
+from .checkpoint import write_json
+from .data import Dataset, hold_out
+from .errors import UserError, user_errors
+from .journal import Journal
+from .loop import Recipe
+from .markdown import mean_and_spread, percent, table
+from .train import device, load_data, recipe_of, start
+
+VALIDATION_SHARE = 5  # one training image in so many is held out to choose by
+BY_LAYERS, BY_COST, COST_FOUND = "even by layers", "even by cost", "even by cost, found head"
+FOUND, TRANSFERRED = "found by search", "transferred"
+
+
+def run(args: argparse.Namespace) -> int:
+    shallow = _shallow(args)
+    recipe = _recipe(args, shallow)
+    data = load_data(args)
+    objective = _objective(recipe)
+    net = models.build(recipe.model, data.num_classes, data.train_x.shape[1:])
+    example = data.train_x[:2]
+    places = search.places(net, objective, example)
+    with user_errors("--blocks"):
+        candidates = search.sample(places, recipe.cuts, args.candidates, args.seed)
+        evens = {BY_LAYERS: cuts_module.even(net, recipe.cuts), BY_COST: cuts_module.even(net, recipe.cuts, (example,))}
+    rows = {name: Candidate(tuple(cuts), objective.head, objective.pool) for name, cuts in evens.items()}
+    if shallow is not None:
+        rows[TRANSFERRED] = _transferred(shallow, net, data)
+    trainer = Trainer(args, recipe, data)
+    with tqdm(total=_epochs(args, len(candidates), len(rows)), disable=None, leave=False, unit="epoch") as bar:
+        trainer.bar = bar
+        if candidates:
+            first = list(dict.fromkeys([*rows.values(), *candidates]))[: len(candidates)]
+            with user_errors("--max-time-ratio, --max-memory-ratio"):
+                rows[FOUND] = search.halving(first, args.epochs, trainer.score)
+            other = dataclasses.replace(rows[FOUND], cuts=rows[BY_COST].cuts)
+            if other not in rows.values() and all(other.head in places[cut] for cut in other.cuts):
+                rows[COST_FOUND] = other
+        report = {name: trainer.test(candidate) for name, candidate in rows.items()}
+    summary = {"protocol": trainer.protocol, "candidates": len(candidates), "table": report, **_verdicts(report)}
+    chosen = rows[TRANSFERRED if TRANSFERRED in rows else FOUND]
+    options = {name: value for name, value in recipe.options.items() if name not in ("head", "pool")}
+    cuts = list(chosen.cuts)
+    file = CutsFile(recipe.model, cuts, recipe.objective, chosen.head, chosen.pool, options, summary)
+    write_json(Path(args.output), file.content())
+    print("\n".join([_table(report), "", *_verdicts(report).values(), f"\n{args.output}: take it with --cuts"]))
+    return 0
+
+
+def _shallow(args: argparse.Namespace) -> CutsFile | None:
+    """The file to transfer from; then the number of blocks is its own."""
+    if args.source is None:
+        if args.blocks is None:
+            raise UserError("--blocks K is needed, or --from FILE")
+        if not args.candidates:
+            raise UserError("--candidates 0 searches nothing: it needs --from FILE")
+        return None
+    with user_errors("--from"):
+        file = cuts_file.read(args.source)
+    blocks = len(file.cuts) + 1
+    if args.blocks not in (None, blocks):
+        raise UserError(f"--blocks must be {blocks}, as in {args.source}, got {args.blocks}")
+    return file
+
+
+def _recipe(args: argparse.Namespace, shallow: CutsFile | None) -> Recipe:
+    """What every candidate is trained with; ``cuts`` is the number of blocks."""
+    if shallow is None:
+        args.cuts = args.blocks
+        return recipe_of(args, args.objective, args.option)
+    args.cuts = Path(args.source)
+    recipe = recipe_of(args, args.objective, args.option)
+    options = {n: v for n, v in recipe.options.items() if n not in ("head", "pool") or n in args.option}
+    return dataclasses.replace(recipe, cuts=len(shallow.cuts) + 1, options=options)
+
+
+def _objective(recipe: Recipe) -> bllkern.objectives.Objective:
+    with user_errors("--option"):
+        return bllkern.objectives.get(recipe.objective, **recipe.options)
+
+
+def _transferred(shallow: CutsFile, net: torch.nn.Module, data: Dataset) -> Candidate:
+    with user_errors("--from"):
+        source = models.build(shallow.model, data.num_classes, data.train_x.shape[1:])
+        cuts = search.transfer(shallow.cuts, source, net, data.train_x[:2])
+    return Candidate(tuple(cuts), shallow.head, shallow.pool)
+
+
+def _epochs(args: argparse.Namespace, candidates: int, rows: int) -> int:
+    """Epochs to train for, all in all."""
+    searched = sum(count * epochs for count, epochs in search.rungs(candidates, args.epochs)) if candidates else 0
+    return searched + args.seeds * args.epochs * (rows + 2 * bool(candidates))
+
+
+class Trainer:
+    """Trains candidates, and keeps what came out in the journal beside ``--output``.
+
+    To choose, it trains on a part of the training images and scores on the rest of them; test images are for the
+    final table only.
+    """
+
+    def __init__(self, args: argparse.Namespace, recipe: Recipe, data: Dataset):
+        self.recipe, self.args, self.where, self.bar = recipe, args, device(args), None
+        self.parts = {"validation": held_out(data), "test": data}
+        sizes = {"train_size": len(data.train_x), "test_size": len(data.test_x)}
+        fixed = {k: v for k, v in vars(recipe).items() if k not in ("cuts", "epochs", "seed")}
+        fixed |= {**sizes, "device": str(self.where)}
+        path = Path(args.output)
+        self.journal = Journal(path.with_name(path.stem + ".journal.json"), fixed)
+        self.protocol = {**fixed, "epochs": args.epochs, "seed": args.seed, "seeds": args.seeds}
+
+    def score(self, candidate: Candidate, epochs: int) -> float | None:
+        """Validation accuracy; ``None`` where training diverges or costs more than the budget."""
+        result = self._result("validation", self._recipe_of(candidate, epochs, self.args.seed))
+        if result["accuracy"] is None:
+            return None
+        limits = {"step_seconds": self.args.max_time_ratio, "peak_bytes": self.args.max_memory_ratio}
+        for cost, limit in limits.items():
+            if limit is not None and result[cost] > limit * self._backprop()[cost]:
+                return None
+        return result["accuracy"]
+
+    def test(self, candidate: Candidate) -> dict:
+        """Test accuracy over the seeds, trained on all training images, and the cost as multiples of backprop's."""
+        seeds = range(self.args.seed, self.args.seed + self.args.seeds)
+        runs = [self._result("test", self._recipe_of(candidate, self.args.epochs, seed)) for seed in seeds]
+        if any(run["accuracy"] is None for run in runs):
+            raise FloatingPointError(f"the training of {candidate} has diverged")
+        mean, std = mean_and_spread([run["accuracy"] for run in runs])
+        ratios = {
+            f"{cost}_ratio": statistics.median(run[cost] for run in runs) / self._backprop()[cost]
+            for cost in ("step_seconds", "peak_bytes")
+        }
+        return {**dataclasses.asdict(candidate), "accuracy_mean": mean, "accuracy_std": std, **ratios, "runs": runs}
+
+    def _recipe_of(self, candidate: Candidate, epochs: int, seed: int) -> Recipe:
+        options = {**self.recipe.options, "head": candidate.head, "pool": candidate.pool}
+        return dataclasses.replace(self.recipe, cuts=list(candidate.cuts), options=options, epochs=epochs, seed=seed)
+
+    def _backprop(self) -> dict:
+        recipe = dataclasses.replace(self.recipe, objective="backprop", options={}, schedule=None, epochs=1)
+        return self._result("validation", recipe)
+
+    def _result(self, part: str, recipe: Recipe) -> dict:
+        chosen = [part, recipe.objective, recipe.options, recipe.cuts, recipe.epochs, recipe.seed]
+        return self.journal.result(json.dumps(chosen), lambda: self._train(self.parts[part], recipe))
+
+    def _train(self, data: Dataset, recipe: Recipe) -> dict:
+        self.bar.set_description(f"{', '.join(recipe.cuts) if isinstance(recipe.cuts, list) else recipe.objective}")
+        training = start(recipe, data, self.where)
+        try:
+            for _ in range(recipe.epochs):
+                training.train_epoch(lambda loss: None)
+                self.bar.update()
+        except FloatingPointError as exception:
+            return {"accuracy": None, "diverged": str(exception)}
+        return training.results()
+
+
+def held_out(data: Dataset) -> Dataset:
+    """One in ``VALIDATION_SHARE`` of the training images in place of the test images."""
+    train, chosen = hold_out(data.train_x, data.train_y, len(data.train_x) // VALIDATION_SHARE)
+    return dataclasses.replace(data, train_x=train[0], train_y=train[1], test_x=chosen[0], test_y=chosen[1])
+
+
+def kept(report: dict[str, dict]) -> float | None:
+    """Share of the direct search's gain over the better even cut that the transferred cut keeps, if there is a gain."""
+    means = {name: row["accuracy_mean"] for name, row in report.items()}
+    if not {FOUND, TRANSFERRED} <= means.keys():
+        return None
+    even = max(means[BY_LAYERS], means[BY_COST])
+    gain = means[FOUND] - even
+    return (means[TRANSFERRED] - even) / gain if gain > 0 else None
+
+
+def _verdicts(report: dict[str, dict]) -> dict[str, str]:
+    """What the table shows, in words."""
+    said = {name: _against_even(name, report) for name in (FOUND, TRANSFERRED) if name in report}
+    if len(said) == 2:
+        share = kept(report)
+        said["kept"] = (
+            "kept by the transfer: not defined, as the direct search gains nothing over the better even cut"
+            if share is None
+            else f"kept by the transfer: {share:.0%} of the direct search's gain over the better even cut"
+        )
+    return said
+
+
+def _against_even(name: str, report: dict[str, dict]) -> str:
+    """Whether the row ``name`` is better than both even cuts by more than the larger standard deviation of the two."""
+    better = []
+    for even in (BY_LAYERS, BY_COST):
+        spreads = [report[row]["accuracy_std"] for row in (name, even)]
+        if None in spreads:
+            return f"{name}: no spread to compare with, with one seed"
+        better.append(report[name]["accuracy_mean"] - report[even]["accuracy_mean"] > max(spreads))
+    words = "beats both even cuts" if all(better) else "does not beat both even cuts"
+    return f"{name}: {words} by more than the seeds' spread"
+
+
+def _table(report: dict[str, dict]) -> str:
+    head = ("", "cuts", "head", "pool", "test accuracy (%)", "time / backprop", "memory / backprop")
+    rows = [
+        (
+            name,
+            ", ".join(row["cuts"]),
+            row["head"],
+            str(row["pool"]),
+            percent(row["accuracy_mean"], row["accuracy_std"]),
+            f"{row['step_seconds_ratio']:.2f}",
+            f"{row['peak_bytes_ratio']:.2f}",
+        )
+        for name, row in report.items()
+    ]
+    return table(head, rows)

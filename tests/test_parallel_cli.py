@@ -1,0 +1,62 @@
+"""``torchrun -m bllkern train --block-parallel``: the weights of one process, and a restart after a rank is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from bllkern.cli import main
+
+ARGUMENTS = ["train", "--train-size", "60", "--test-size", "40", "--batch-size", "20", "--threads", "1"]
+
+
+def torchrun(processes, *arguments, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    command += [*options.pop("torchrun", ()), "-m", "bllkern", *ARGUMENTS, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+
+
+def ended(job, seconds=60):
+    """Output and errors of the job, which is killed with all of its processes if it takes longer."""
+    try:
+        return job.communicate(timeout=seconds)
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.communicate()
+
+
+def weights(folder):
+    return torch.load(folder / "weights.pt", weights_only=True)
+
+
+def test_a_rank_killed_is_restarted_and_ends_with_the_weights_of_one_process(tmp_path, capsys):
+    assert main([*ARGUMENTS, "--epochs", "20", "--output", str(tmp_path / "one")]) == 0
+    folder = tmp_path / "two"
+    arguments = ["--epochs", 20, "--block-parallel", 2, "--output", folder, "--resume"]
+    job = torchrun(2, *arguments, torchrun=["--max-restarts", "2"])
+    deadline = time.monotonic() + 40
+    while len(list(folder.glob("checkpoints/step-*/.metadata"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ranks = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    printed, errors = ended(job)
+    assert job.returncode == 0, errors
+    one, two = weights(tmp_path / "one"), weights(folder)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    first, second = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert [epoch["losses"] for epoch in first] == [epoch["losses"] for epoch in second]
+    assert [epoch["accuracy"] for epoch in first] == [epoch["accuracy"] for epoch in second]
+    assert "rank 0: blocks 'layer1'" in printed and f"test accuracy {second[-1]['accuracy']:.2%}" in printed
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    assert main([*ARGUMENTS, "--block-parallel", "2"]) == 2
+    assert "--block-parallel needs torchrun" in capsys.readouterr().err

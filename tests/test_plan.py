@@ -1,0 +1,98 @@
+"""The cost model: the formulas of the schedules where they are known, and the command that draws it."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from bllkern.cli import main
+from bllkern.parallel.plan import METHODS, Block, predict
+from bllkern.parallel.profile import profile
+
+FAST = 1e18  # bytes per second: links that cost nothing
+EQUAL = [Block(str(i), 1.0, 2.0, 3.0, 100, 1000, 50) for i in range(8)]
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4, 8])
+@pytest.mark.parametrize("micro_batches", [1, 4, 32])
+def test_equal_blocks_take_what_the_papers_say(stages, micro_batches):
+    each = 3.0 * 8 / stages  # of a stage on a micro-batch
+    fill = (stages - 1) * each
+    expected = {
+        "block-parallel": micro_batches * each,
+        "1F1B": micro_batches * each + fill,
+        "zero-bubble": micro_batches * each + fill / 3,
+        "data-parallel": micro_batches * 24.0 / stages,
+    }
+    for method, seconds in expected.items():
+        found = predict(method, EQUAL, stages, FAST, micro_batches=micro_batches)
+        assert found.seconds == pytest.approx(seconds, rel=1e-9), method
+        work = micro_batches * 24.0 / stages
+        assert found.bubble == pytest.approx(1 - work / seconds, abs=1e-9), method
+
+
+def test_memory_is_that_of_one_block_or_of_all_that_wait():
+    memory = {method: predict(method, EQUAL, 4, FAST, micro_batches=8).memory for method in METHODS}
+    held = 3 * 2 * 50  # parameters, gradients and momenta of two blocks
+    assert memory["block-parallel"] == 1000 + 5 * 100 + held
+    assert memory["1F1B"] == memory["zero-bubble"] == 4 * 2000 + held
+    assert memory["data-parallel"] == 8000 + 3 * 8 * 50
+
+
+def test_a_slow_link_bounds_the_step():
+    bytes_per_second = 10.0  # a message takes 10 s, a stage 6 s
+    found = predict("block-parallel", EQUAL, 4, bytes_per_second, micro_batches=8)
+    assert found.seconds == pytest.approx(8 * 10)
+    assert predict("1F1B", EQUAL, 4, bytes_per_second, micro_batches=8).seconds > 8 * 20
+    ring = 2 * 3 / 4 * 400 / bytes_per_second
+    assert predict("data-parallel", EQUAL, 4, bytes_per_second, micro_batches=4).seconds == pytest.approx(8 + ring)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_faster_links_are_never_slower_and_rows_share_the_work(method):
+    times = [predict(method, EQUAL, 4096, 10.0**power, 1e-3, 64).seconds for power in range(3, 12)]
+    assert times == sorted(times, reverse=True)
+    assert predict(method, EQUAL, 16, FAST, micro_batches=32).seconds == pytest.approx(
+        predict(method, EQUAL, 8, FAST, micro_batches=16).seconds
+    )
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"method": "gpipe"}, "method must be one of"),
+        ({"devices": 0}, "devices must be positive, got 0"),
+        ({"bandwidth": -1}, "bandwidth must be positive, got -1"),
+        ({"micro_batches": 0}, "micro_batches must be positive, got 0"),
+    ],
+)
+def test_mistakes_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        predict(**{"method": "1F1B", "blocks": EQUAL, "devices": 2, "bandwidth": 1.0, **options})
+
+
+def test_blocks_are_counted_exactly():
+    net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 5))
+    before = [p.detach().clone() for p in net.parameters()]
+    x, y = torch.randn(4, 8), torch.randint(5, (4,))
+    blocks = profile(net, ["1", "3"], 5, "bwbpf", x, y, nn.functional.cross_entropy, repeats=1)
+    assert [block.name for block in blocks] == ["1", "3", "output"]
+    assert [block.message for block in blocks] == [4 * 4 * 32, 4 * 4 * 16, 0]
+    assert [block.parameters for block in blocks] == [4 * 9 * 32, 4 * 33 * 16, 4 * 17 * 5]
+    assert blocks[1].activations == 4 * 4 * 16  # tanh keeps its output; the product's input is kept by the block before
+    assert all(time > 0 for block in blocks for time in (block.forward, block.backward, block.local))
+    assert all(torch.equal(p, q) and p.grad is None for p, q in zip(net.parameters(), before))
+
+
+def test_the_command_writes_a_table_and_a_plot(tmp_path, capsys):
+    options = ["--model", "mlp", "--devices", "20", "--bandwidth", "100M", "--batch-size", "4", "--threads", "1"]
+    threads = torch.get_num_threads()
+    assert main(["plan", *options, "--output", str(tmp_path)]) == 0
+    torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "plan.json").read_text())
+    assert len(report["predictions"]) == 4 * 6 and report["options"]["bandwidth"] == 1e8
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert all(method in printed for method in METHODS)
+    assert main(["plan", "--bandwidth", "fast"]) == 2
