@@ -12,6 +12,8 @@ from .blocks import (
     Boundary,
 )
 from .convert import convert, unwrap
+from .execution.capture import capture
+from .execution.streams import serial
 from .execution.targets import targets
 from .isolation import assert_isolated
 from .network import local_loss, local_losses, optimizers
@@ -28,6 +30,7 @@ __all__ = [
     "assert_isolated",
     "backend",
     "backends",
+    "capture",
     "convert",
     "families",
     "functional",
@@ -37,6 +40,7 @@ __all__ = [
     "objectives",
     "optimizers",
     "parallel",
+    "serial",
     "targets",
     "unwrap",
 ]

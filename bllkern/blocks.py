@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import objectives
-from .execution import schedules, sizing
+from .execution import schedules, sizing, streams
 from .execution.targets import current
 from .objectives.terms import total
 
@@ -57,6 +57,7 @@ class Boundary(nn.Module):
         self.feedback_optimizer: torch.optim.Optimizer | None = None
         self.loss: Tensor | None = None  # of the last step, detached
         self.step: object = None  # the targets of that step
+        self.repeated = False  # passed several times in one step
         self.pending: list[Tensor] = []  # losses that wait for local_loss (deferred)
         self.pending_step: object = None
 
@@ -75,6 +76,7 @@ class Boundary(nn.Module):
         if not self.options.local:
             schedules.discover(self, z, target.owners)
             return self.objective(z, block, args, target)
+        ready = streams.arrive(self, args, kwargs or {})
         with torch.autocast(z.device.type, enabled=False):
             rerun = partial(_rerun, block, args, kwargs or {})
             terms = self.objective(z, target, rerun, known) if known else self.objective(z, target, rerun)
@@ -85,7 +87,8 @@ class Boundary(nn.Module):
             if getattr(self.options, "bootstrapping", False):
                 onwards = self.objective.posterior(onwards, target)  # of this step's messages, whatever steps below
             schedules.SCHEDULES[self.schedule](self, z, loss)
-            return onwards
+        streams.leave(onwards, ready)
+        return onwards
 
     @torch.compiler.disable
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:

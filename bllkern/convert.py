@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import cuts as cuts_module
 from . import cuts_file, objectives
 from .blocks import BlockLocal, Boundary
-from .execution import sizing
+from .execution import sizing, streams
 from .network import boundaries
 from .objectives.alignment import watch_output
 
@@ -74,6 +74,7 @@ def convert(
 
     converted = _replace(net, {name: end_block for name in names})
     _chain(converted)
+    streams.attach(converted)
     if isinstance(options, objectives.DirectFeedbackAlignment):
         watch_output(converted)
     if example is not None:
@@ -99,7 +100,9 @@ def unwrap(net: nn.Module) -> nn.Module:
     local = {
         path: _plain for path, module in net.named_modules() if isinstance(getattr(module, "local", None), Boundary)
     }
-    return _replace(net, local)
+    plain = _replace(net, local)
+    streams.detach(plain)
+    return plain
 
 
 def _plain(path: str, module: nn.Module) -> nn.Module:
@@ -162,7 +165,7 @@ def _shallow(module: nn.Module) -> nn.Module:
     for name, value in module.__dict__.items():
         if isinstance(value, MethodType) and value.__self__ is module:
             value = MethodType(value.__func__, copy)
-        elif isinstance(value, (dict, OrderedDict)) and (name == "_modules" or name.endswith("_hooks")):
+        elif isinstance(value, (dict, OrderedDict)) and (name == "_modules" or "_hooks" in name):
             value = value.copy()
         copy.__dict__[name] = value
     return copy

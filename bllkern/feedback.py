@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 
+from .execution import streams
 from .families import Family
 
 KINDS = ("direct", "chained", "fixed")
@@ -75,13 +76,19 @@ class Feedback(nn.Module):
         self.link(features)
 
     def forward(self, features: Tensor) -> Tensor:
-        weight, _ = self.link(features)
-        messages = weight
+        self.link(features)
+        running = streams.running()
+        return self.messages(running.message(self._above[0]) if running and self._above else None)
+
+    def messages(self, above: Tensor | None = None) -> Tensor:
+        """The messages once the weights have their size, from those ``above``, which are computed if not given."""
+        messages = self.link.weight
         if self._above:
-            above = self._above[0]
-            messages = above.family.mean(above.messages().detach()) @ weight
+            if above is None:
+                above = self._above[0].messages()
+            messages = self._above[0].family.mean(above.detach()) @ messages
         return self.family.message(messages)
 
-    def messages(self) -> Tensor:
-        """The messages once the weights have their size."""
-        return self(self.link.weight)
+    def chain_above(self) -> list[Feedback]:
+        """This one and those whose messages it reads, directly or through others, up to the last boundary."""
+        return [self, *(self._above[0].chain_above() if self._above else ())]

@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from .execution.streams import serial
 from .execution.targets import targets
 from .network import boundaries
 
@@ -53,7 +54,7 @@ def _moves(net: nn.Module, inputs: tuple, y: Tensor) -> dict[str, set[int]]:
 
     for name, boundary in boundaries(net).items():
         boundary.register_forward_hook(lambda *_, name=name: note(name))
-    with targets(y), torch.enable_grad():
+    with targets(y), torch.enable_grad(), serial():
         output = _scalar(net(*inputs))
     for name, boundary in boundaries(net).items():
         for loss in boundary.pending:

@@ -58,9 +58,14 @@ def targets(y: Tensor, *, kind: str | None = None, ignore_index: int = -100, sca
         _current.reset(token)
 
 
+def given() -> Targets | None:
+    """The targets of the step that runs, if any."""
+    return _current.get()
+
+
 def current() -> Targets:
     """The targets of the step that runs; ``RuntimeError`` outside of :func:`targets`."""
-    found = _current.get()
+    found = given()
     if found is None:
         raise RuntimeError(
             "a block-local network in training needs targets: write `with bllkern.targets(y): output = net(x)`, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -170,12 +171,16 @@ class Batch:
         self.z, self.features, self.y = z, features, y
         self.kind, self.ignore_index, self.rerun = kind, ignore_index, rerun
 
+    @cached_property
+    def messages(self) -> Tensor:
+        """The backward message of every class [C, D]."""
+        return self.loss.feedback(self.features)
+
     def message(self) -> Tensor:
         """The backward message of every row [N, D]; a row with ``ignore_index`` reads that of class 0."""
-        messages = self.loss.feedback(self.features)
         if self.kind == "classes":
-            return messages[self.y.where(self.y != self.ignore_index, 0)]
-        return self.y.to(messages) @ messages
+            return self.messages[self.y.where(self.y != self.ignore_index, 0)]
+        return self.y.to(self.messages) @ self.messages
 
     def agreement(self) -> Tensor:
         """Free energy of forward and backward message, per sample that counts (BLL)."""
@@ -200,14 +205,13 @@ class Batch:
         large message would win whatever the activation says.
         """
         self._needs_classes("evidence")
-        messages = self.loss.feedback(self.features)
         return functional.evidence_cross_entropy(
             self.family.natural(self.features),
-            messages,
-            smoothed(self.y, len(messages), self.recipe.label_smoothing, self.ignore_index),
+            self.messages,
+            smoothed(self.y, len(self.messages), self.recipe.label_smoothing, self.ignore_index),
             self.family,
             ignore_index=self.ignore_index,
-            log_prior=self.loss.log_prior - self.family.A(messages),
+            log_prior=self.loss.log_prior - self.family.A(self.messages),
         )
 
     def prediction(self) -> Tensor:
