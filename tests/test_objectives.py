@@ -10,6 +10,7 @@ from torch import nn
 import bllkern
 from bllkern import families, functional, objectives
 from bllkern.objectives import BLL, BWBPF, PredSim
+from bllkern.objectives import terms
 from bllkern.objectives.features import raised, rows
 from bllkern.objectives.heads import CHANNELS
 
@@ -504,3 +505,32 @@ def test_chained_rates_stay_finite():
     with bllkern.targets(Y):
         F.cross_entropy(net(X), Y).backward()
     assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_feedback_that_only_similarity_reads_learns_the_prototypes():
+    layer = block(BLL(evidence=0, similarity=2.0, similarity_target="feedback"))
+    messages = layer.local.objective.feedback.link.weight
+    loss, z = local_loss(layer)
+    xn = F.normalize(z - z.mean(1, keepdim=True), dim=1)
+    means = torch.stack([xn[Y == c].mean(0) for c in range(4)])
+    distance = (messages - means).square().sum(1).mean()
+    expected = 2 * (functional.similarity_matching(z, messages[Y].detach()) + distance)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(messages.grad, torch.autograd.grad(2 * distance, messages)[0])
+    own = layer.weight.grad.clone()
+    layer.zero_grad()
+    a = F.linear(X, layer.weight, layer.bias)
+    (2 * functional.similarity_matching(a, messages[Y].detach())).backward()
+    torch.testing.assert_close(own, layer.weight.grad)  # the features are not moved towards the prototypes by it
+
+
+def test_gram_matrices_of_many_tokens_take_some_of_them(monkeypatch):
+    monkeypatch.setattr(terms, "GRAM_ROWS", 10)
+    layer = block(BLL(evidence=0, similarity=1.0, decorrelation=1.0))
+    tokens, y = torch.randn(4, 6, 6), torch.arange(24).view(4, 6) % 4
+    with bllkern.targets(y):
+        z = layer(tokens).flatten(0, 1)
+    chosen = torch.tensor([7919 * i % 24 for i in range(10)])
+    assert len(set(chosen.tolist())) == 10
+    expected = functional.similarity_matching(z[chosen], y.flatten()[chosen]) + functional.decorrelation(z[chosen])
+    torch.testing.assert_close(layer.local.loss, expected)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from .bll import BLL
 
 TERMS = ("agreement", "likelihood", "evidence", "prediction", "similarity", "decorrelation", "denoising")
+PREDICT = {"agreement", "likelihood", "evidence"}  # the terms that read messages, and train them
+GRAM_ROWS = 1024  # rows of a Gram matrix: of tokens there may be many more in a batch
+SCATTER = 7919  # a prime: multiples of it, modulo the number of rows, meet every position of every sequence
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -37,7 +40,7 @@ class LocalLoss(nn.Module):
             raise ValueError(f"at least one term needs a weight above 0; the terms are {', '.join(TERMS)}")
         self.reader = self._reader()
         self.head = LazyWeight(target_features) if recipe.prediction > 0 else None
-        reads_messages = {"agreement", "likelihood", "evidence"} & set(self.terms) or recipe.bootstrapping
+        reads_messages = PREDICT & set(self.terms) or recipe.bootstrapping
         if recipe.similarity > 0 and recipe.similarity_target == "feedback":
             reads_messages = True
         self.feedback = Feedback(recipe.feedback, target_features, self.family) if reads_messages else None
@@ -225,13 +228,33 @@ class Batch:
 
     def similarity(self) -> Tensor:
         """Gram matrix of the features against that of the labels or of the feedback messages."""
+        chosen = self._gram_rows()
         if self.recipe.similarity_target == "feedback":
-            return functional.similarity_matching(self.features, self.message().detach())
-        return functional.similarity_matching(self.features, self.y, self.ignore_index)
+            matching = functional.similarity_matching(self.features[chosen], self.message().detach()[chosen])
+            return matching if PREDICT & set(self.loss.terms) else matching + self._prototypes()
+        return functional.similarity_matching(self.features[chosen], self.y[chosen], self.ignore_index)
+
+    def _gram_rows(self) -> Tensor | slice:
+        """Up to ``GRAM_ROWS`` rows for a Gram matrix, which grows with their square; scattered over the batch."""
+        count = len(self.features)
+        if count <= GRAM_ROWS:
+            return slice(None)
+        return torch.arange(GRAM_ROWS, device=self.features.device) * SCATTER % count
+
+    def _prototypes(self) -> Tensor:
+        """What feedback learns from that no other term trains: the mean direction of each class (BLL, released recipe).
+
+        Squared distance of the messages to it, a mean over the classes in the batch; the features are held fixed.
+        """
+        self._needs_classes("similarity_target='feedback' without evidence, likelihood or agreement")
+        features, y = self.features.detach(), self.y if self.kind == "classes" else self.y.argmax(1)
+        means, counts = functional.prototypes(features, y, len(self.messages), self.ignore_index)
+        present = (counts > 0).to(means)
+        return ((self.messages - means).square().sum(1) * present).sum() / present.sum().clamp(min=1)
 
     def decorrelation(self) -> Tensor:
         """Squared off-diagonal Gram matrix of the features (BLL, released recipe)."""
-        return functional.decorrelation(self.features)
+        return functional.decorrelation(self.features[self._gram_rows()])
 
     def denoising(self) -> Tensor:
         """The output under a noisy input is pulled to the clean output, which is held fixed (BLL)."""
