@@ -9,8 +9,7 @@ from torch import nn
 
 import bllkern
 from bllkern import families, functional, objectives
-from bllkern.objectives import BLL, BWBPF, PredSim
-from bllkern.objectives import terms
+from bllkern.objectives import BLL, BWBPF, PredSim, terms
 from bllkern.objectives.features import raised, rows
 from bllkern.objectives.heads import CHANNELS
 
@@ -534,3 +533,24 @@ def test_gram_matrices_of_many_tokens_take_some_of_them(monkeypatch):
     assert len(set(chosen.tolist())) == 10
     expected = functional.similarity_matching(z[chosen], y.flatten()[chosen]) + functional.decorrelation(z[chosen])
     torch.testing.assert_close(layer.local.loss, expected)
+
+
+@pytest.mark.parametrize("head, channels", [("linear", (5, 7)), ("conv", (CHANNELS, CHANNELS))])
+def test_chained_feedback_between_maps_is_a_convolution(head, channels):
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 7, 3, stride=3), nn.Flatten(), nn.Linear(28, 4))
+    x = torch.randn(16, 3, 10, 10)
+    net = bllkern.convert(net, ["0", "2"], 4, BLL(feedback="chained", head=head), example=x)
+    low, high = net[0].local.objective.feedback, net[2].local.objective.feedback
+    assert high.messages().shape == (4, 4 * channels[1]) and low.messages().shape == (4, 16 * channels[0])
+    maps = high.link.weight.view(4, channels[1], 2, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    expected = F.conv2d(maps, low.link.weight, padding=1).flatten(1)
+    torch.testing.assert_close(low.messages(), expected)
+    assert low.link.weight.shape == (channels[0], channels[1], 3, 3)
+    bllkern.assert_isolated(net, x, Y)
+    fresh = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 7, 3, stride=3), nn.Flatten(), nn.Linear(28, 4))
+    fresh = bllkern.convert(fresh, ["0", "2"], 4, BLL(feedback="chained", head=head))
+    fresh.load_state_dict(net.state_dict())  # before any data has come by
+    with bllkern.targets(Y):
+        fresh(x), net(x)
+    for name, loss in bllkern.local_losses(net).items():
+        torch.testing.assert_close(bllkern.local_losses(fresh)[name], loss)

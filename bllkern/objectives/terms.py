@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from types import MappingProxyType
@@ -47,7 +48,7 @@ class LocalLoss(nn.Module):
         self.log_prior = nn.Parameter(torch.zeros(target_features)) if recipe.evidence > 0 else None
         self.channel_dim: int | None = None
         self._kind: str | None = None
-        self._sized = False
+        self.sized = False
 
     def _reader(self) -> Head | None:
         """The head that ``recipe.head`` names; ``"auto"`` is a convolution until an activation comes that is no map."""
@@ -71,10 +72,17 @@ class LocalLoss(nn.Module):
             self.head(features)
         if self.feedback is not None:
             self.family.check_width(features.shape[1], "the message at a boundary")
-            self.feedback.initialize(features)
+            self.feedback.initialize(features, self._map_shape(z, features))
         if self.log_prior is not None:
             self.log_prior.data = self.log_prior.data.to(features)
-        self._sized = True
+        self.sized = True
+
+    def _map_shape(self, z: Tensor, features: Tensor) -> tuple[int, ...] | None:
+        """[channels, *spatial] of the maps that features [N, D] flatten, if they do."""
+        if not is_map(z, self.channel_dim) or self.recipe.head == "mlp":
+            return None
+        spatial = [min(side, self.recipe.pool) for side in z.shape[2:]]
+        return (features.shape[1] // math.prod(spatial), *spatial)
 
     def _features(self, z: Tensor, tokens: bool) -> Tensor:
         """What the terms see of ``z``: its pooled rows [N, D], or what the head reads in it."""
@@ -89,7 +97,7 @@ class LocalLoss(nn.Module):
 
         ``known`` are terms that came with ``z`` (:meth:`linear`).
         """
-        if not self._sized:
+        if not self.sized:
             self.initialize(z)
         batch = self._batch(z, target, rerun)
         return {
@@ -107,7 +115,7 @@ class LocalLoss(nn.Module):
         families that make natural parameters of activations.
         """
         identity = type(self.family).natural is families.Family.natural and self.reader is None
-        if "agreement" not in self.terms or not self._sized or not identity or x.dim() not in (2, 3):
+        if "agreement" not in self.terms or not self.sized or not identity or x.dim() not in (2, 3):
             return F.linear(x, weight, bias), {}
         y, x_rows = self._matched(x, target), x.flatten(0, -2)
         if len(y) != len(x_rows):
@@ -177,7 +185,7 @@ class Batch:
     @cached_property
     def messages(self) -> Tensor:
         """The backward message of every class [C, D]."""
-        return self.loss.feedback(self.features)
+        return self.loss.feedback()
 
     def message(self) -> Tensor:
         """The backward message of every row [N, D]; a row with ``ignore_index`` reads that of class 0."""
