@@ -157,8 +157,12 @@ class _Remote:
     def __init__(self, family: Family):
         self.family, self.message = family, None
 
-    def messages(self) -> Tensor:
+    def messages(self, above: Tensor | None = None) -> Tensor:
         return self.message
+
+    def chain_above(self) -> list[_Remote]:
+        """Itself: what it reads is on other ranks."""
+        return [self]
 
 
 def _group(rows: list[list[int]], rank: int) -> dist.ProcessGroup:
