@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
 import torch
@@ -54,6 +54,8 @@ class Boundary(nn.Module):
         self.block_parameters: list[nn.Parameter] | None = None  # known once an activation has come by
         self.optimizer_factory: Callable | None = None
         self.optimizer: torch.optim.Optimizer | None = None
+        self.feedback_factory: Callable | None = None  # where the feedback has an optimizer of its own
+        self.feedback_optimizer: torch.optim.Optimizer | None = None
         self.loss: Tensor | None = None  # of the last step, detached
         self.step: object = None  # the targets of that step
         self.offload: Offload | None = None  # set by convert
@@ -114,6 +116,28 @@ class Boundary(nn.Module):
     def own_parameters(self) -> list[nn.Parameter]:
         """What this block's local loss moves: the block's parameters and those of its objective."""
         return self.block_parameters + [p for p in self.parameters() if p.requires_grad]
+
+    def make_optimizers(self, taken: Collection[int] = ()) -> None:
+        """Make the optimizers that this boundary was given factories for, unless they are there.
+
+        ``taken`` has the identities of parameters that the optimizers of other blocks have.
+        """
+        apart = self.feedback_parameters() if self.feedback_factory is not None else []
+        taken = {*taken, *map(id, apart)}
+        rest = [p for p in self.own_parameters() if id(p) not in taken]
+        if self.optimizer is None and rest:
+            self.optimizer = self.optimizer_factory(rest)
+        if self.feedback_optimizer is None and apart:
+            self.feedback_optimizer = self.feedback_factory(apart)
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The block's own optimizer and that of its feedback, as far as they are there."""
+        return [o for o in (self.optimizer, self.feedback_optimizer) if o is not None]
+
+    def feedback_parameters(self) -> list[nn.Parameter]:
+        """What the feedback of this boundary learns."""
+        feedback = getattr(self.objective, "feedback", None)
+        return [] if feedback is None else [p for p in feedback.parameters() if p.requires_grad]
 
     @property
     def label(self) -> str:

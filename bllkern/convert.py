@@ -134,7 +134,7 @@ def _chain(net: nn.Module) -> None:
 
         def size_first(module, args, kwargs):
             handle.remove()
-            if not sizing.active() and any(o.feedback.link.has_uninitialized_params() for o in chained):
+            if not sizing.active() and not all(o.sized for o in chained):
                 sizing.size(module, *args, **kwargs)
 
         handle = net.register_forward_pre_hook(size_first, with_kwargs=True)

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOG_2PI = math.log(2 * math.pi)
+MIN_PRECISION = 1e-3  # twice of it is the least precision that an activation can ask for
+MAX_LOG_RATE = 8.0  # of a backward message
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,14 @@ class Family:
     def natural(self, z: Tensor) -> Tensor:
         """Valid natural parameters [..., D] from unconstrained activations [..., D]."""
         return z
+
+    def message(self, z: Tensor) -> Tensor:
+        """Valid natural parameters [..., D] of a backward message from unconstrained numbers [..., D]."""
+        return self.natural(z)
+
+    def activation(self, a: Tensor) -> Tensor:
+        """What :meth:`natural` makes the parameters ``a`` [..., D] of: its inverse."""
+        return a
 
     def check_width(self, width: int, argument: str) -> None:
         """Raise ``ValueError`` unless parameters of last dimension ``width`` are whole latent variables."""
@@ -163,7 +173,12 @@ class GaussianLearned(Family):
 
     def natural(self, z):
         eta1, raw = z.chunk(2, -1)
-        return torch.cat([eta1, -F.softplus(raw) - 1e-3], -1)
+        return torch.cat([eta1, -F.softplus(raw) - MIN_PRECISION], -1)
+
+    def activation(self, a):
+        eta1, eta2 = a.chunk(2, -1)
+        excess = (-eta2 - MIN_PRECISION).clamp_min(1e-6)
+        return torch.cat([eta1, excess + torch.log(-torch.expm1(-excess))], -1)  # log(exp(x) - 1)
 
     def check_width(self, width, argument):
         if width % 2:
@@ -181,6 +196,9 @@ class Poisson(Family):
 
     def mean(self, a):
         return torch.exp(a)
+
+    def message(self, z):
+        return z.clamp(max=MAX_LOG_RATE)  # rates beyond overflow where messages are chained
 
     def unit_A2(self, a):
         x = 2 * torch.exp(a / 2)

@@ -9,6 +9,7 @@ its class's row.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
@@ -16,6 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 from .execution import streams
 from .families import Family
 
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 KINDS = ("direct", "chained", "fixed")
 
 
@@ -52,7 +54,9 @@ class Feedback(nn.Module):
 
     ``direct``: a learned row per class.  ``fixed``: the same rows, random and never trained (direct random target
     projection).  ``chained``: from the messages of the boundary above, ``mean(b_{k+1}) @ W_k`` (the paper's
-    b_{k-1} = g_k(b_k)); ``W_k`` learns from this boundary's loss alone, the messages above are detached.
+    b_{k-1} = g_k(b_k)); ``W_k`` learns from this boundary's loss alone, the messages above are detached.  Between two
+    boundaries whose features are maps [channels, *spatial], ``W_k`` is a convolution of three places a side on the
+    nearest places of the maps above.  For tokens, the message of a class is that of every position, and ``W_k`` a matrix.
     """
 
     def __init__(self, kind: str, target_features: int, family: Family):
@@ -60,6 +64,9 @@ class Feedback(nn.Module):
         self.kind, self.family = kind, family
         self._above: list[Feedback] = []  # in a list, so that it is not this module's child
         self._chained = False
+        self.width = 0  # D, once it is known
+        self.shape: tuple[int, ...] | None = None  # [channels, *spatial] of the maps that messages flatten, if they do
+        self.source: tuple[int, ...] | None = None  # the same of the boundary above
         self.link = LazyWeight(target_features, bias=False, trained=kind != "fixed")
 
     def chain(self, above: Feedback | None) -> None:
@@ -67,16 +74,24 @@ class Feedback(nn.Module):
         self._chained = True
         self._above = [] if above is None else [above]
 
-    def initialize(self, features: Tensor) -> None:
-        """Size the weights for features [N, D]; the boundary above must have its size already."""
+    def initialize(self, features: Tensor, shape: tuple[int, ...] | None) -> None:
+        """Size the weights for features [N, D] that flatten maps of ``shape``; the boundary above has its size already."""
         if self.kind == "chained" and not self._chained:
             raise RuntimeError("feedback='chained' needs bllkern.convert, which knows the boundary above")
-        if self._above and self.link.has_uninitialized_params():
-            self.link.rows = self._above[0].link.weight.shape[1]
-        self.link(features)
+        self.width, self.shape = features.shape[1], shape
+        if not self._above:
+            self.link(features)
+            return
+        above = self._above[0]
+        self.source = above.shape if shape is not None else None
+        if self.source is None:
+            self.link.rows = above.width
+            self.link(features)
+        else:
+            self.link.rows = shape[0]
+            self.link(features.new_empty(1, *self.source))
 
-    def forward(self, features: Tensor) -> Tensor:
-        self.link(features)
+    def forward(self) -> Tensor:
         running = streams.running()
         return self.messages(running.message(self._above[0]) if running and self._above else None)
 
@@ -86,8 +101,15 @@ class Feedback(nn.Module):
         if self._above:
             if above is None:
                 above = self._above[0].messages()
-            messages = self._above[0].family.mean(above.detach()) @ messages
-        return self.family.natural(messages)
+            messages = self._carried(self._above[0].family.mean(above.detach()), messages)
+        return self.family.message(messages)
+
+    def _carried(self, means: Tensor, weight: Tensor) -> Tensor:
+        """The means [C, D'] of the messages above, through the link: [C, D]."""
+        if self.source is None:
+            return means @ weight
+        maps = F.interpolate(means.unflatten(1, self.source), self.shape[1:])
+        return CONVOLUTIONS[len(self.shape) - 1](maps, weight, padding=1).flatten(1)
 
     def chain_above(self) -> list[Feedback]:
         """This one and those whose messages it reads, directly or through others, up to the last boundary."""

@@ -54,7 +54,10 @@ def local_losses(net: nn.Module) -> dict[str, Tensor]:
     return losses
 
 
-def _made(factory: Callable, label: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+def _made(factory: Factory, label: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """``factory(parameters)``; ``ValueError`` for an optimizer that misses some of them."""
     optimizer = factory(parameters)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -70,19 +73,25 @@ def _made(factory: Callable, label: str, parameters: list[nn.Parameter]) -> torc
 class BlockOptimizers:
     """One optimizer for each block, and one for the output block, which follows the last boundary.
 
+    With ``feedback``, the feedback of each boundary has one of its own instead of sharing the block's.
+
     Which parameters a block has is known once data has passed its boundary: at once where ``example=`` was given, else
     at the first step.  Iterating yields the optimizers that exist, block by block, the output's last (for learning-rate
     schedulers, say).
     """
 
-    def __init__(self, net: nn.Module, factory: Callable[[list[nn.Parameter]], torch.optim.Optimizer]):
+    def __init__(self, net: nn.Module, factory: Factory, feedback: Factory | None = None):
         self._net, self._factory = net, factory
         self._boundaries = [b for b in boundaries(net).values() if b.objective is not None]
         self._output: torch.optim.Optimizer | None = None
         self._complete = False
         self._offload = next((b.offload for b in self._boundaries if b.offload is not None), None)
+        if self._offload is not None and feedback is not None:
+            raise ValueError("feedback must be None for a network with offload: one optimizer travels with each block")
         for boundary in self._boundaries:
             boundary.optimizer, boundary.optimizer_factory = None, partial(_made, factory, boundary.label)
+            boundary.feedback_optimizer = None
+            boundary.feedback_factory = None if feedback is None else partial(_made, feedback, boundary.label)
         self._build()
 
     def _build(self) -> bool:
@@ -93,10 +102,8 @@ class BlockOptimizers:
         for boundary in self._boundaries:
             if boundary.block_parameters is None:
                 return False
-            own = [p for p in boundary.own_parameters() if id(p) not in taken]
-            taken.update(map(id, own))
-            if boundary.optimizer is None and own:
-                boundary.optimizer = boundary.optimizer_factory(own)
+            boundary.make_optimizers(taken)
+            taken.update(map(id, boundary.own_parameters()))
         rest = [p for p in self._net.parameters() if p.requires_grad and id(p) not in taken]
         if self._output is None and rest:
             self._output = _made(self._factory, "the output block", rest)
@@ -106,8 +113,8 @@ class BlockOptimizers:
         return True
 
     def __iter__(self) -> Iterable[torch.optim.Optimizer]:
-        found = [boundary.optimizer for boundary in self._boundaries] + [self._output]
-        return iter([optimizer for optimizer in found if optimizer is not None])
+        found = [optimizer for boundary in self._boundaries for optimizer in boundary.optimizers()]
+        return iter(found if self._output is None else [*found, self._output])
 
     def __len__(self):
         return len(list(iter(self)))
@@ -130,8 +137,8 @@ class BlockOptimizers:
         """
         self._all()
         for boundary in self._boundaries:
-            if boundary.schedule != "immediate" and boundary.optimizer is not None:
-                boundary.optimizer.step()
+            for optimizer in boundary.optimizers() if boundary.schedule != "immediate" else ():
+                optimizer.step()
         if self._output is not None:
             self._output.step()
         if self._offload is not None:
@@ -158,8 +165,10 @@ class BlockOptimizers:
             optimizer.load_state_dict(one)
 
 
-def optimizers(net: nn.Module, factory: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> BlockOptimizers:
+def optimizers(net: nn.Module, factory: Factory, feedback: Factory | None = None) -> BlockOptimizers:
     """An optimizer for each block of ``net``, made by ``factory(parameters)``; see :class:`BlockOptimizers`.
+
+    ``feedback(parameters)`` makes one for the feedback of each boundary; without it the block's takes care of that too.
 
     With schedule ``"immediate"`` each block's optimizer steps inside the forward pass, and ``step()`` of what is
     returned steps the output block; with the others it steps all blocks.
@@ -168,4 +177,4 @@ def optimizers(net: nn.Module, factory: Callable[[list[nn.Parameter]], torch.opt
     """
     if not boundaries(net):
         raise ValueError("net has no block-local boundary: use bllkern.convert or block-local layers first")
-    return BlockOptimizers(net, factory)
+    return BlockOptimizers(net, factory, feedback)

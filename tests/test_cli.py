@@ -341,6 +341,7 @@ def test_writes_are_atomic(tmp_path, monkeypatch):
         (["--cuts", "99"], ["cuts", "99"]),
         (["--cuts", "1"], ["--cuts", "backprop"]),
         (["--cuts", "fc"], ["--cuts", "last cut"]),
+        (["--cuts", "stages:9"], ["--cuts", "blocks", "4", "'mlp'", "9"]),
         (["--objective", "deep_supervision", "--schedule", "eager"], ["schedule", "'deferred'", "'eager'"]),
         (["--epochs", "0"], ["--epochs", "'0'"]),
         (["--lr", "nan"], ["--lr", "'nan'"]),

@@ -126,3 +126,31 @@ def test_seed_decides_the_weights(name):
 
     first, second = state(), state()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet56"])
+@pytest.mark.parametrize("blocks", [4, 8, 12, 16])
+def test_cuts_along_the_stages(name, blocks):
+    """The outputs of BWBPF (arXiv 2312.13311)."""
+    stages = models.MODELS[name].stages
+    if blocks > sum(stages):
+        with pytest.raises(ValueError, match=f"blocks must be from 4 to 8 for 'resnet18', got {blocks}"):
+            models.default_cuts(name, blocks)
+        return
+    cuts = models.default_cuts(name, blocks)
+    assert len(cuts) == blocks - 1 and set(models.default_cuts(name)) <= set(cuts)
+    starts = [sum(stages[:i]) for i in range(len(stages) + 1)]
+    units = [f"layer{i}.{k}" for i, depth in enumerate(stages, 1) for k in range(depth)]
+    ends = [units.index(cut) + 1 if "." in cut else starts[int(cut[-1])] for cut in cuts]
+    assert ends == sorted(set(ends))
+    lengths = [b - a for a, b in zip([0, *ends], [*ends, len(units)])]
+    assert min(lengths) >= 1 and (blocks == 4 or max(lengths) <= 2 * len(units) / blocks)
+
+
+def test_cuts_into_other_numbers_of_blocks():
+    assert models.default_cuts("vgg19", 5) == [f"features.{i}" for i in (6, 13, 26, 39)]
+    net = models.build("vgg19", 10, (3, 32, 32))
+    assert all(isinstance(net.get_submodule(cut), torch.nn.MaxPool2d) for cut in models.default_cuts("vgg19"))
+    for name, blocks, allowed in (("vgg19", 4, "5"), ("resnet50", 3, "from 4 to 16"), ("mlp", 9, "4")):
+        with pytest.raises(ValueError, match=f"blocks must be {allowed} for '{name}', got {blocks}"):
+            models.default_cuts(name, blocks)

@@ -208,12 +208,16 @@ def autograd(before, losses):
     return names, [(w.detach(), b.detach()) for w, b in parameters]
 
 
-def local_heads(x, y, parameters, heads, isolated, weight):
+def local_heads(x, y, parameters, heads, isolated, weight, smoothing):
     z, loss = x, 0.0
     for i, (w, b) in enumerate(parameters[:-1]):
         z = torch.tanh(F.linear(z.detach() if isolated else z, w, b))
         head = [heads[f"{i}.local.objective.head.{part}"] for part in ("weight", "bias")]
-        loss = loss + F.cross_entropy(F.linear(z, *head), y) + (weight * similarity(z, y) if weight else 0)
+        loss = (
+            loss
+            + F.cross_entropy(F.linear(z, *head), y, label_smoothing=smoothing)
+            + (weight * similarity(z, y) if weight else 0)
+        )
     return loss + F.cross_entropy(F.linear(z.detach() if isolated else z, *parameters[-1]), y)
 
 
@@ -222,7 +226,8 @@ def local_heads(x, y, parameters, heads, isolated, weight):
 )
 def test_local_heads(preset, isolated, weight):
     before, after = trained(preset, perceptron(), CUTS)
-    assert_same(*autograd(before, lambda *args: local_heads(*args, isolated, weight)), after)
+    smoothing = objectives.get(preset).label_smoothing
+    assert_same(*autograd(before, lambda *args: local_heads(*args, isolated, weight, smoothing)), after)
     assert_learned(before, after)
 
 

@@ -170,7 +170,6 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", help="folder for checkpoint, metrics, weights; default: none")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --output")
 
-
     parallel = "ranks that share the blocks, under torchrun; ranks left over train on other parts of each batch"
     parser.add_argument("--block-parallel", type=_positive_int, metavar="K", help=parallel)
 
@@ -229,7 +228,9 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add("--objective", default="bll", choices=plan.OBJECTIVES, help="of the blocks; default: bll")
     add("--cuts", type=_cuts, metavar="CUTS", help="modules, comma separated, or how many blocks; default: the stages")
     add("--devices", type=_positive_int, default=1024, metavar="N", help="up to so many; default: 1024")
-    add("--bandwidth", type=_bandwidth, default=1e9, metavar="B", help="bits per second of a link, as 100M; default: 1G")
+    add(
+        "--bandwidth", type=_bandwidth, default=1e9, metavar="B", help="bits per second of a link, as 100M; default: 1G"
+    )
     add("--latency", type=_non_negative_float, default=0.0, metavar="S", help="seconds of a link; default: 0")
     add("--batch-size", type=_positive_int, default=16, metavar="N", help="of a micro-batch; default: 16")
     add("--micro-batches", type=_positive_int, default=4, metavar="N", help="in a step; default: 4")
@@ -250,8 +251,8 @@ def _add_protocol(parser: argparse.ArgumentParser) -> None:
     add("--validation", type=_positive_int, metavar="N", help="test on N training samples instead of the test data")
     names = ", ".join(models.MODELS)
     add("--model", default="mlp", choices=models.MODELS, metavar="NAME", help=f"{names}; default: mlp")
-    text = "modules, comma separated, how many blocks, or a .json of bllkern split; default: the stages"
-    add("--cuts", type=_cuts, metavar="CUTS", help=text)
+    text = "modules, comma separated; how many blocks; stages:N, N along the stages; a .json of bllkern split"
+    add("--cuts", type=_cuts, metavar="CUTS", help=f"{text}; default: the stages")
     _add_training(parser)
 
 
@@ -307,9 +308,12 @@ def _assignment(text: str) -> tuple[str, object]:
         return name, value
 
 
-def _cuts(text: str) -> list[str] | int | Path:
+def _cuts(text: str) -> list[str] | int | str | Path:
     if text.endswith(".json"):
         return Path(text)
+    kind, _, blocks = text.partition(":")
+    if kind == "stages" and blocks.isdecimal():
+        return text
     if text == "1":
         raise argparse.ArgumentTypeError("must be 2 blocks or more; one block is the objective backprop")
     return int(text) if text.isdecimal() else [name.strip() for name in text.split(",")]

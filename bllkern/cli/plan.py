@@ -15,6 +15,7 @@ from ..parallel.profile import profile
 from .checkpoint import write_atomically, write_json
 from .errors import user_errors
 from .measure import human_bytes, human_time
+from .train import stage_cuts
 
 OBJECTIVES = [name for name, objective in objectives.OBJECTIVES.items() if objective().isolate]
 CLASSES, SHAPE, TOKENS = 10, (3, 32, 32), 64
@@ -52,7 +53,7 @@ def _blocks(args: argparse.Namespace) -> list[Block]:
     shape = (TOKENS,) if tokens else SHAPE
     with user_errors():
         net = models.build(args.model, CLASSES, shape)
-        cuts = models.default_cuts(args.model) if args.cuts is None else args.cuts
+        cuts = stage_cuts(args)
         x = torch.randint(CLASSES, (args.batch_size, *shape)) if tokens else torch.randn(args.batch_size, *shape)
         y = torch.randint(CLASSES, (args.batch_size, *shape) if tokens else (args.batch_size,))
 

@@ -41,9 +41,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def stage_cuts(args: argparse.Namespace) -> list[str] | int | Path:
+    """``--cuts`` as given, or the names of those along the stages."""
+    if args.cuts is not None and not isinstance(args.cuts, str):
+        return args.cuts
+    blocks = None if args.cuts is None else int(args.cuts.removeprefix("stages:"))
+    with user_errors("--cuts"):
+        return models.default_cuts(args.model, blocks)
+
+
 def recipe_of(args: argparse.Namespace, objective: str | None, options: dict) -> Recipe:
     """The recipe that the arguments describe, for this objective (``None``: the cuts file's, or bll), these options."""
-    cuts = models.default_cuts(args.model) if args.cuts is None else args.cuts
+    cuts = stage_cuts(args)
     if isinstance(cuts, Path):
         with user_errors():
             file = cuts_file.read(cuts)

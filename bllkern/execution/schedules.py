@@ -72,10 +72,10 @@ def immediate(boundary: Boundary, z: Tensor, loss: Tensor) -> None:
             "`bllkern.optimizers(net, lambda params: torch.optim.SGD(params, lr=0.1))` before training"
         )
     eager(boundary, z, loss)
-    if boundary.optimizer is None:
-        boundary.optimizer = boundary.optimizer_factory(boundary.own_parameters())
-    boundary.optimizer.step()
-    boundary.optimizer.zero_grad(set_to_none=True)
+    boundary.make_optimizers()
+    for optimizer in boundary.optimizers():
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 SCHEDULES = {"eager": eager, "deferred": deferred, "immediate": immediate}

@@ -6,14 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..feedback import LazyWeight
+from ..feedback import CONVOLUTIONS, LazyWeight
 from .features import averaged, channels_last, check_floating, in_full_precision, rows
 
 HEADS = ("auto", "linear", "mlp", "conv")
 WIDTH = 128  # hidden units of mlp; more where there are more classes
 CHANNELS = 64  # of conv; 32 cost 1.7 points of CIFAR-10 accuracy, see bench/results/ablation-cifar10-convnet.md
-
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class Head(nn.Module):
@@ -44,7 +42,7 @@ class Head(nn.Module):
         check_floating(z)
         maps = in_full_precision(averaged(z, 2 * self.pool))
         weight, _ = self.hidden(maps)
-        return averaged(_activated(_CONVOLUTIONS[z.dim() - 2](maps, weight, padding=1)), self.pool).flatten(1)
+        return averaged(_activated(CONVOLUTIONS[z.dim() - 2](maps, weight, padding=1)), self.pool).flatten(1)
 
 
 def is_map(z: Tensor, channel_dim: int | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from types import MappingProxyType
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from .bll import BLL
 
 TERMS = ("agreement", "likelihood", "evidence", "prediction", "similarity", "decorrelation", "denoising")
+PREDICT = {"agreement", "likelihood", "evidence"}  # the terms that read messages, and train them
+GRAM_ROWS = 1024  # rows of a Gram matrix: of tokens there may be many more in a batch
+SCATTER = 7919  # a prime: multiples of it, modulo the number of rows, meet every position of every sequence
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -37,14 +41,14 @@ class LocalLoss(nn.Module):
             raise ValueError(f"at least one term needs a weight above 0; the terms are {', '.join(TERMS)}")
         self.reader = self._reader()
         self.head = LazyWeight(target_features) if recipe.prediction > 0 else None
-        reads_messages = {"agreement", "likelihood", "evidence"} & set(self.terms) or recipe.bootstrapping
+        reads_messages = PREDICT & set(self.terms) or recipe.bootstrapping
         if recipe.similarity > 0 and recipe.similarity_target == "feedback":
             reads_messages = True
         self.feedback = Feedback(recipe.feedback, target_features, self.family) if reads_messages else None
         self.log_prior = nn.Parameter(torch.zeros(target_features)) if recipe.evidence > 0 else None
         self.channel_dim: int | None = None
         self._kind: str | None = None
-        self._sized = False
+        self.sized = False
 
     def _reader(self) -> Head | None:
         """The head that ``recipe.head`` names; ``"auto"`` is a convolution until an activation comes that is no map."""
@@ -68,10 +72,17 @@ class LocalLoss(nn.Module):
             self.head(features)
         if self.feedback is not None:
             self.family.check_width(features.shape[1], "the message at a boundary")
-            self.feedback.initialize(features)
+            self.feedback.initialize(features, self._map_shape(z, features))
         if self.log_prior is not None:
             self.log_prior.data = self.log_prior.data.to(features)
-        self._sized = True
+        self.sized = True
+
+    def _map_shape(self, z: Tensor, features: Tensor) -> tuple[int, ...] | None:
+        """[channels, *spatial] of the maps that features [N, D] flatten, if they do."""
+        if not is_map(z, self.channel_dim) or self.recipe.head == "mlp":
+            return None
+        spatial = [min(side, self.recipe.pool) for side in z.shape[2:]]
+        return (features.shape[1] // math.prod(spatial), *spatial)
 
     def _features(self, z: Tensor, tokens: bool) -> Tensor:
         """What the terms see of ``z``: its pooled rows [N, D], or what the head reads in it."""
@@ -86,7 +97,7 @@ class LocalLoss(nn.Module):
 
         ``known`` are terms that came with ``z`` (:meth:`linear`), or its ``features`` [N, D].
         """
-        if not self._sized:
+        if not self.sized:
             self.initialize(z)
         batch = self._batch(z, target, rerun, known.get("features"))
         return {
@@ -104,7 +115,7 @@ class LocalLoss(nn.Module):
         families that make natural parameters of activations.
         """
         identity = type(self.family).natural is families.Family.natural and self.reader is None
-        if "agreement" not in self.terms or not self._sized or not identity or x.dim() not in (2, 3):
+        if "agreement" not in self.terms or not self.sized or not identity or x.dim() not in (2, 3):
             return F.linear(x, weight, bias), {}
         y, x_rows = self._matched(x, target), x.flatten(0, -2)
         if len(y) != len(x_rows):
@@ -120,10 +131,11 @@ class LocalLoss(nn.Module):
         return z.view(*x.shape[:-1], -1), {"agreement": loss}
 
     def posterior(self, z: Tensor, target: Targets) -> Tensor:
-        """Natural parameters ``a + b`` of the posterior, shaped as ``z``: what the next block reads (bootstrapping)."""
-        message = self._batch(z, target, None).message().detach()
-        message = raised(message, z, self.channel_dim, self.recipe.pool)
-        return z + message.to(z.dtype)
+        """The activation whose natural parameters ``a + b`` are the posterior's: what the next block reads in training."""
+        batch = self._batch(z, target, None)
+        posterior = self.family.activation(self.family.natural(batch.features) + batch.message())
+        shift = (posterior - batch.features).detach()
+        return z + raised(shift, z, self.channel_dim, self.recipe.pool).to(z.dtype)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """A checkpoint says whether ``head="auto"`` has a head."""
@@ -179,7 +191,7 @@ class Batch:
     @cached_property
     def messages(self) -> Tensor:
         """The backward message of every class [C, D]."""
-        return self.loss.feedback(self.features)
+        return self.loss.feedback()
 
     def message(self) -> Tensor:
         """The backward message of every row [N, D]; a row with ``ignore_index`` reads that of class 0."""
@@ -230,13 +242,33 @@ class Batch:
 
     def similarity(self) -> Tensor:
         """Gram matrix of the features against that of the labels or of the feedback messages."""
+        chosen = self._gram_rows()
         if self.recipe.similarity_target == "feedback":
-            return functional.similarity_matching(self.features, self.message().detach())
-        return functional.similarity_matching(self.features, self.y, self.ignore_index)
+            matching = functional.similarity_matching(self.features[chosen], self.message().detach()[chosen])
+            return matching if PREDICT & set(self.loss.terms) else matching + self._prototypes()
+        return functional.similarity_matching(self.features[chosen], self.y[chosen], self.ignore_index)
+
+    def _gram_rows(self) -> Tensor | slice:
+        """Up to ``GRAM_ROWS`` rows for a Gram matrix, which grows with their square; scattered over the batch."""
+        count = len(self.features)
+        if count <= GRAM_ROWS:
+            return slice(None)
+        return torch.arange(GRAM_ROWS, device=self.features.device) * SCATTER % count
+
+    def _prototypes(self) -> Tensor:
+        """What feedback learns from that no other term trains: the mean direction of each class (BLL, released recipe).
+
+        Squared distance of the messages to it, a mean over the classes in the batch; the features are held fixed.
+        """
+        self._needs_classes("similarity_target='feedback' without evidence, likelihood or agreement")
+        features, y = self.features.detach(), self.y if self.kind == "classes" else self.y.argmax(1)
+        means, counts = functional.prototypes(features, y, len(self.messages), self.ignore_index)
+        present = (counts > 0).to(means)
+        return ((self.messages - means).square().sum(1) * present).sum() / present.sum().clamp(min=1)
 
     def decorrelation(self) -> Tensor:
         """Squared off-diagonal Gram matrix of the features (BLL, released recipe)."""
-        return functional.decorrelation(self.features)
+        return functional.decorrelation(self.features[self._gram_rows()])
 
     def denoising(self) -> Tensor:
         """The output under a noisy input is pulled to the clean output, which is held fixed (BLL)."""

@@ -71,8 +71,8 @@ class Exchange:
         above = None if after is None else part.feedback(part.last - 1)
         if above is not None and above._above:
             self._above = _Remote(above._above[0].family)
-            weight = above._above[0].link.weight  # [rows, D] on the meta device
-            self._message = [describe(weight)[0], [part.target_features, weight.shape[1]]]
+            weight = above._above[0].link.weight  # on the meta device
+            self._message = [describe(weight)[0], [part.target_features, above._above[0].width]]
             above._above = [self._above]
             self._feedback_in = Inbox(after, group, self._watch, self._accept_feedback, self._staleness + DEPTH)
         self._own = part.feedback(part.first)
@@ -157,8 +157,12 @@ class _Remote:
     def __init__(self, family: Family):
         self.family, self.message = family, None
 
-    def messages(self) -> Tensor:
+    def messages(self, above: Tensor | None = None) -> Tensor:
         return self.message
+
+    def chain_above(self) -> list[_Remote]:
+        """Itself: what it reads is on other ranks."""
+        return [self]
 
 
 def _group(rows: list[list[int]], rank: int) -> dist.ProcessGroup:
