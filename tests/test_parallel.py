@@ -126,7 +126,7 @@ def note(parallel):
 
 
 def test_rows_of_a_mesh_equal_one_row_with_twice_the_batch(tmp_path):
-    cases = [("mlp", objective, schedule) for objective in ("bll", "bwbpf") for schedule in ("eager", "deferred")]
+    cases = [("mlp", "bll", "eager"), ("mlp", "bwbpf", "deferred")]
     results = parallel_ranks.run(train_rows, 4, tmp_path, cases)
     for case in cases:
         net, _, batches = build(*case)
