@@ -30,7 +30,7 @@ from bllkern.parallel.profile import profile
 LAYERS, CHANNELS, SIDE, CLASSES = 8, 32, 32, 10
 CUTS = [str(LAYERS // 2 - 1)]
 MICRO_BATCH, MICRO_BATCHES = 16, 4
-ROUNDS, STEPS = 16, 3
+ROUNDS, STEPS = 8, 2
 COMPRESSED = "two ranks, bf16 messages"
 
 
