@@ -3,12 +3,14 @@
 A stack of eight equal convolutions, micro-batch 16, four micro-batches a step, one thread a process, gloo.  The variants
 take turns, so that what else the machine does weighs on all alike; where one process works alone, the other waits.
 ``extra_info`` holds the least and the median seconds of a step over the rounds, the least CPU seconds of the busier rank
-(what a step would take on cores of its own), and the bytes sent in a step.
+(what a step would take on cores of its own), the bytes sent in a step, and what ``bllkern plan`` predicts for each from
+blocks measured in the same rounds.
 """
 
 import json
 import os
 import time
+from dataclasses import replace
 from statistics import median
 
 import pytest
@@ -22,10 +24,13 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 import bllkern
 from bllkern.parallel import BlockParallel
+from bllkern.parallel.plan import predict
+from bllkern.parallel.profile import profile
 
 LAYERS, CHANNELS, SIDE, CLASSES = 8, 32, 32, 10
+CUTS = [str(LAYERS // 2 - 1)]
 MICRO_BATCH, MICRO_BATCHES = 16, 4
-ROUNDS, STEPS = 16, 3
+ROUNDS, STEPS = 8, 2
 COMPRESSED = "two ranks, bf16 messages"
 
 
@@ -41,7 +46,7 @@ def sgd(parameters):
 
 
 def block_local(objective, example):
-    return bllkern.convert(stack(), [str(LAYERS // 2 - 1)], CLASSES, objective, example=example)
+    return bllkern.convert(stack(), CUTS, CLASSES, objective, example=example)
 
 
 def one_process(objective, x, y):
@@ -68,9 +73,7 @@ def block_parallel(objective, x, y, compress=None):
     """``run(steps)`` of this rank's blocks, the bytes it has sent so far, and what ends it."""
     example = x[:MICRO_BATCH], y[:MICRO_BATCH]
     net, mesh = block_local(objective, example[0]), init_device_mesh("cpu", (dist.get_world_size(),))
-    parallel = BlockParallel(
-        net, mesh, optimizer=sgd, example=example, after=[str(LAYERS // 2 - 1)], compress=compress, timeout=60
-    )
+    parallel = BlockParallel(net, mesh, optimizer=sgd, example=example, after=CUTS, compress=compress, timeout=60)
 
     def run(steps):
         for _ in range(steps):
@@ -109,6 +112,35 @@ def _counting(operations, sent):
     return counted
 
 
+def _bandwidth():
+    """Bytes per second from rank 0 to rank 1, of messages as large as an activation."""
+    message = torch.empty(MICRO_BATCH * CHANNELS * SIDE * SIDE)
+    seconds = []
+    for _ in range(5):
+        dist.barrier()
+        start = time.perf_counter()
+        dist.send(message, 1) if dist.get_rank() == 0 else dist.recv(message, 0)
+        seconds.append(time.perf_counter() - start)
+    return message.nbytes / min(seconds)
+
+
+def _predictions(blocks, bandwidth):
+    found = {}
+    for name, method, devices in (
+        ("one process", "block-parallel", 1),
+        ("two ranks", "block-parallel", 2),
+        ("1F1B", "1F1B", 2),
+    ):
+        found[name] = predict(method, blocks, devices, bandwidth, micro_batches=MICRO_BATCHES).seconds
+    return found
+
+
+def _least(profiles):
+    """Of each block the least seconds of all profiles."""
+    times = ("forward", "backward", "local")
+    return [replace(same[0], **{t: min(getattr(b, t) for b in same) for t in times}) for same in zip(*profiles)]
+
+
 def _rank(rank, ranks, folder, objective):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
@@ -126,7 +158,11 @@ def _rank(rank, ranks, folder, objective):
     for run, *_ in variants.values():
         run(1)
     sent = {}
+    profiles, bandwidth = [], _bandwidth()
     for _ in range(ROUNDS):
+        if rank == 0:
+            example = x[:MICRO_BATCH], y[:MICRO_BATCH]
+            profiles.append(profile(stack(), CUTS, CLASSES, objective, *example, F.cross_entropy, repeats=2))
         for name, (run, bytes_sent, _) in variants.items():
             dist.barrier()
             before, start, cpu = bytes_sent(), time.perf_counter(), time.process_time()
@@ -143,7 +179,8 @@ def _rank(rank, ranks, folder, objective):
         close()
     if rank == 0:
         with open(f"{folder}/results.json", "w") as file:
-            json.dump({"seconds": seconds, "cpu": busy, "bytes": sent}, file)
+            predicted = _predictions(_least(profiles), bandwidth)
+            json.dump({"seconds": seconds, "cpu": busy, "bytes": sent, "predicted": predicted}, file)
 
 
 @pytest.mark.parametrize("objective", ["bwbpf", "bll"])
@@ -160,6 +197,7 @@ def test_two_ranks(benchmark, objective, tmp_path):
         median_seconds={name: median(times) for name, times in results["seconds"].items()},
         least_cpu_seconds={name: min(times) for name, times in results["cpu"].items()},
         bytes_per_step=results["bytes"],
+        predicted_seconds=results["predicted"],
         times_one_process=least["one process"] / least["two ranks"],
         times_1f1b=least["1F1B"] / least["two ranks"],
     )

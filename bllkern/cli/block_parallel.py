@@ -76,6 +76,8 @@ class RankTraining:
         example = data.train_x[:share], data.train_y[:share]
         options = {"optimizer": self.whole._adamw, "example": example, "timeout": TIMEOUT}
         self.blocks = parallel.BlockParallel(self.whole.net, mesh, **options)
+        total = recipe.epochs * self.steps
+        self.schedulers = [torch.optim.lr_scheduler.OneCycleLR(o, recipe.lr, total) for o in self.blocks.optimizers]
         self.rows, self.is_root = rows, dist.get_rank() == 0
 
     def __enter__(self):
@@ -84,13 +86,16 @@ class RankTraining:
     def __exit__(self, *error):
         self.blocks.__exit__(*error)
 
-    def schedule(self) -> None:
-        """Learning rates from the step reached on."""
-        total, done = self.recipe.epochs * self.steps, self.blocks.steps
-        self.schedulers = [
-            torch.optim.lr_scheduler.OneCycleLR(o, self.recipe.lr, total, last_epoch=done - 1 if done else -1)
-            for o in self.blocks.optimizers
-        ]
+    def resume(self, folder: Path) -> None:
+        """Continue from the newest checkpoint in ``folder``, if there is one."""
+        order = self.order.get_state()
+        done = parallel.load(self.blocks, folder, order=order)
+        self.order.set_state(order)
+        for scheduler in self.schedulers if done else ():
+            scheduler.load_state_dict({"last_epoch": done, "_step_count": done + 1})
+
+    def save(self, folder: Path) -> None:
+        parallel.save(self.blocks, folder, order=self.order.get_state())
 
     def train_epoch(self, progress) -> dict:
         """One pass over the training data, then the test; what this rank has seen of it."""
@@ -105,7 +110,7 @@ class RankTraining:
                 losses.add(_finite({**self.blocks.local_losses(), **output}))
             progress()
         seconds = time.perf_counter() - start
-        return {"losses": losses.means(), "right": self._right(), "seconds": seconds, "bytes": self.blocks.bytes_sent}
+        return {"losses": losses.means(), "right": self._right(), "seconds": seconds}
 
     def _right(self) -> int:
         """How many test images the output classifies rightly, on the rank that computes it; elsewhere 0."""
@@ -140,9 +145,7 @@ def _continue(training: RankTraining, output: Path | None, resume: bool) -> None
             raise UserError(f"--output: {file} exists; add --resume to continue it, or choose another folder")
         checkpoint.check_arguments(file, checkpoint.read_json(file), arguments)
     if resume:
-        order = training.order.get_state()
-        parallel.load(training.blocks, output / "checkpoints", order=order)
-        training.order.set_state(order)
+        training.resume(output / "checkpoints")
         metrics = output / "metrics.json"
         done = training.blocks.steps // training.steps
         training.history = [Epoch(**epoch) for epoch in checkpoint.read_json(metrics)[:done]] if done else []
@@ -151,7 +154,6 @@ def _continue(training: RankTraining, output: Path | None, resume: bool) -> None
         with user_errors("--output"):
             output.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(file, arguments)
-    training.schedule()
 
 
 def _train(training: RankTraining, output: Path | None) -> None:
@@ -167,7 +169,7 @@ def _train(training: RankTraining, output: Path | None) -> None:
         for _ in range(done, total):
             reports = training.gathered(training.train_epoch(progress.update))
             if output is not None:
-                parallel.save(training.blocks, output / "checkpoints", order=training.order.get_state())
+                training.save(output / "checkpoints")
             if training.is_root:
                 columns = _print_row(training.merge(reports), columns)
                 if output is not None:

@@ -87,6 +87,7 @@ class BlockParallel:
         if len(schedules) > 1:
             raise ValueError(f"schedule must be the same for all blocks, got {sorted(schedules)}")
         self.schedule = schedules.pop()
+        self._defers = self.schedule == "deferred" and bool(boundaries(self.part.net))
         self.optimizers = BlockOptimizers(self.part.net, optimizer)
         self.watch = Watch(self._labels(layout.names), timeout, agreed(uuid.uuid4().hex))
         self.group = dist.new_group(timeout=timedelta(seconds=timeout), backend="gloo")  # all ranks, for checkpoints
@@ -230,7 +231,7 @@ class BlockParallel:
             output = self.part(batch.inputs, batch.z)
         losses = [self.loss(output, batch.y)] if self.is_output else []
         waiting = [loss * scale for loss in losses]
-        if any(boundary.pending for boundary in boundaries(self.part.net).values()):
+        if self._defers:
             waiting.append(local_loss(self.part.net))
         if waiting:
             sum(waiting).backward()
