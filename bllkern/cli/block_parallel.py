@@ -17,11 +17,11 @@ import bllkern
 
 from .. import parallel
 from . import checkpoint
-from .data import batches, load
+from .data import batches, in_order
 from .errors import UserError, user_errors
-from .loop import EVALUATION_BATCH, REPORT_EVERY, Epoch, Training, _finite, _Mean
+from .loop import EVALUATION_BATCH, REPORT_EVERY, Epoch, Training, _finite, _Mean, cross_entropy
 from .measure import human_bytes, human_time
-from .train import _print_row, recipe_of
+from .train import _print_row, load_data, recipe_of
 
 TIMEOUT = 60.0  # seconds that a rank may let the others wait
 
@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> int:
     mesh = _join(args.block_parallel)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    recipe = recipe_of(args, args.objective, args.option)
-    data = load(args.data, args.data_dir, args.train_size, args.test_size)
+    recipe = recipe_of(args, args.objective, {**args.preset_options, **args.option})
+    data = load_data(args)
     output = None if args.output is None else Path(args.output)
     try:
         with user_errors(), RankTraining(recipe, data, mesh) as training:
@@ -74,10 +74,10 @@ class RankTraining:
         self.order, self.history = self.whole.order, []
         share = recipe.batch_size // rows
         example = data.train_x[:share], data.train_y[:share]
-        options = {"optimizer": self.whole._adamw, "example": example, "timeout": TIMEOUT}
+        options = {"optimizer": self.whole._optimizer, "example": example, "loss": cross_entropy, "timeout": TIMEOUT}
         self.blocks = parallel.BlockParallel(self.whole.net, mesh, **options)
         total = recipe.epochs * self.steps
-        self.schedulers = [torch.optim.lr_scheduler.OneCycleLR(o, recipe.lr, total) for o in self.blocks.optimizers]
+        self.schedulers = [self.whole._scheduler(optimizer, total) for optimizer in self.blocks.optimizers]
         self.rows, self.is_root = rows, dist.get_rank() == 0
 
     def __enter__(self):
@@ -100,7 +100,7 @@ class RankTraining:
     def train_epoch(self, progress) -> dict:
         """One pass over the training data, then the test; what this rank has seen of it."""
         losses, start, data = _Mean(), time.perf_counter(), self.data
-        loader = batches(data.train_x, data.train_y, self.recipe.batch_size, data.flips, self.order)
+        loader = batches(data.train_x, data.train_y, self.recipe.batch_size, data.augment, self.order)
         for i, (x, y) in enumerate(loader):
             loss = self.blocks.step(x.chunk(self.rows)[self.blocks.row], y.chunk(self.rows)[self.blocks.row])
             for scheduler in self.schedulers:
@@ -110,15 +110,18 @@ class RankTraining:
                 losses.add(_finite({**self.blocks.local_losses(), **output}))
             progress()
         seconds = time.perf_counter() - start
-        return {"losses": losses.means(), "right": self._right(), "seconds": seconds}
+        right, loss = self._evaluate()
+        return {"losses": losses.means(), "right": right, "loss": loss, "seconds": seconds}
 
-    def _right(self) -> int:
-        """How many test images the output classifies rightly, on the rank that computes it; elsewhere 0."""
-        right = 0
-        for x, y in zip(self.data.test_x.split(EVALUATION_BATCH), self.data.test_y.split(EVALUATION_BATCH)):
+    def _evaluate(self) -> tuple[int, float]:
+        """Right answers and sum of the losses on the held-out data, on the rank that computes the output; else 0."""
+        right, loss = 0, 0.0
+        for x, y in in_order(self.data.test_x, self.data.test_y, EVALUATION_BATCH):
             logits = self.blocks.predict(x)
-            right += 0 if logits is None else int((logits.argmax(1) == y).sum())
-        return right
+            if logits is not None:
+                right += int((logits.argmax(-1) == y).sum())
+                loss += float(cross_entropy(logits, y, "sum"))
+        return right, loss
 
     def gathered(self, found: object) -> list | None:
         """What every rank of the first row has found, on the root."""
@@ -129,9 +132,9 @@ class RankTraining:
     def merge(self, reports: list[dict]) -> Epoch:
         """The epoch of the whole network."""
         losses = {name: loss for report in reports for name, loss in report["losses"].items()}
-        accuracy = sum(report["right"] for report in reports) / len(self.data.test_y)
-        seconds = max(report["seconds"] for report in reports)
-        self.history.append(Epoch(len(self.history) + 1, losses, accuracy, seconds))
+        count, seconds = self.data.test_y.numel(), max(report["seconds"] for report in reports)
+        accuracy, loss = (sum(report[name] for report in reports) / count for name in ("right", "loss"))
+        self.history.append(Epoch(len(self.history) + 1, losses, accuracy, loss, seconds))
         return self.history[-1]
 
 
@@ -179,7 +182,7 @@ def _train(training: RankTraining, output: Path | None) -> None:
 
 def _describe(training: RankTraining) -> None:
     recipe, data, blocks = training.recipe, training.data, training.blocks
-    print(f"data      {recipe.data}: {len(data.train_x):,} training and {len(data.test_x):,} test images")
+    print(f"data      {recipe.data}: {len(data.train_x):,} training and {len(data.test_x):,} {data.held_out} samples")
     print(
         f"model     {recipe.model}, {recipe.objective}, seed {recipe.seed}, {torch.get_num_threads()} CPU threads each"
     )
