@@ -20,6 +20,7 @@ from .objectives import Objective
 from .objectives.heads import HEADS
 
 POOLS = (1, 2, 4)
+CHOICES = tuple(head for head in HEADS if head != "auto")  # which is one of the others at every cut
 DRAWS = 20  # for every candidate, so that those drawn twice or refused are made up for
 FACTOR = 3  # of every so many candidates one goes on, to train so many times longer
 
@@ -37,7 +38,7 @@ def places(net: nn.Module, objective: Objective, example: Tensor) -> dict[str, l
     """Modules of ``net`` after which a block can end, each with the heads that ``objective`` takes there."""
     found = {unit.names[-1]: [] for unit in cuts_module.units(net, (example,))[:-1]}
     for name, heads in found.items():
-        for head in HEADS:
+        for head in CHOICES:
             try:
                 convert(net, [name], 2, dataclasses.replace(objective, head=head), example=example)
             except ValueError:  # a convolution where there is no map; a head that does not go with another option
@@ -56,7 +57,7 @@ def sample(places: dict[str, list[str]], blocks: int, count: int, seed: int) -> 
     names, draw, found = list(places), random.Random(seed), {}
     for _ in range(DRAWS * count):
         cuts = tuple(names[i] for i in sorted(draw.sample(range(len(names)), blocks - 1)))
-        heads = [head for head in HEADS if all(head in places[cut] for cut in cuts)]
+        heads = [head for head in CHOICES if all(head in places[cut] for cut in cuts)]
         if heads and len(found) < count:
             found[Candidate(cuts, draw.choice(heads), draw.choice(POOLS))] = None
     return list(found)

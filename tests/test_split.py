@@ -175,7 +175,7 @@ def test_halving_stops_the_bad_ones_early():
         (["layer1.2", "layer2.2"], ["layer1.8", "layer2.8"]),  # a stage's end is a stage's end
         (["layer1", "layer2"], ["layer1.8", "layer2.8"]),  # also by the stage's name
         (["layer1.0", "layer2.1", "layer3.0"], ["layer1.2", "layer2.5", "layer3.2"]),  # a third, two thirds, a third
-        (["relu", "layer1.1", "layer3.1"], ["relu", "layer1.5", "layer3.5"]),
+        (["relu", "layer1.1", "layer3.1"], ["maxpool", "layer1.5", "layer3.5"]),
         (["layer2.2", "avgpool"], ["layer2.8", "avgpool"]),  # the pooling belongs to the last unit
     ],
 )
@@ -219,7 +219,7 @@ def test_split_finds_and_reports(searched, capsys):
     file = cuts_file.read(searched / "cuts.json")
     table = file.found["table"]
     assert {"even by layers", "even by cost", "found by search"} <= table.keys()
-    assert table["even by layers"]["cuts"] == ["layer1.3", "layer3.3"] and table["even by layers"]["head"] == "linear"
+    assert table["even by layers"]["cuts"] == ["layer1.3", "layer3.3"] and table["even by layers"]["head"] == "auto"
     found = table["found by search"]
     assert (file.cuts, file.head, file.pool) == (found["cuts"], found["head"], found["pool"])
     for row in table.values():

@@ -105,7 +105,8 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         return args, unknown
     preset = PRESETS[args.preset]
     commands["compare"].set_defaults(**preset.protocol)
-    commands["train"].set_defaults(**preset.protocol, objective=preset.objective, preset_options=preset.options)
+    for name in ("train", "split"):
+        commands[name].set_defaults(**preset.protocol, objective=preset.objective, preset_options=preset.options)
     return parser.parse_known_args(argv)
 
 
@@ -194,7 +195,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_split(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=split.run, command="split", validation=None)
+    parser.set_defaults(run=split.run, command="split", validation=None, preset_options={})
     add = parser.add_argument
     add("model", choices=models.MODELS, metavar="MODEL", help=f"one of {', '.join(models.MODELS)}")
     add("--blocks", type=_blocks, metavar="K", help="blocks to cut into, 2 or more")

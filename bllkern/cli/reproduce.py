@@ -51,10 +51,10 @@ def run(args: argparse.Namespace) -> int:
 def _data(scale: Scale, folder: str | None) -> dict[tuple[str, str], Dataset]:
     """The data of every row that can be trained; what is missing is said.  Raises :class:`UserError` where all is."""
     found, missing = {}, {}
-    sizes = scale.recipe["train_size"], scale.recipe["test_size"]
+    chosen = {name: scale.recipe.get(name) for name in ("train_size", "test_size", "augment")}
     for row in scale.rows:
         try:
-            found[row] = load(row[0], folder, *sizes)
+            found[row] = load(row[0], folder, **chosen)
         except UserError as error:
             missing[row] = error
     if not found:
@@ -120,12 +120,18 @@ def _markdown(paper: Paper, scale: Scale, name: str, where: torch.device, rows: 
     sizes = ["all" if recipe[size] is None else f"{recipe[size]:,}" for size in ("train_size", "test_size")]
     measured = (
         f"Measured: {sizes[0]} training and {sizes[1]} test images, {recipe['epochs']} epochs, batches of "
-        f"{recipe['batch_size']}, one-cycle AdamW (peak {recipe['lr']:g}); mean and standard deviation over "
+        f"{recipe['batch_size']}, {_optimizer(recipe)}; mean and standard deviation over "
         f"{scale.seeds} seeds; torch {torch.__version__} on {where.type}. {scale.note}"
     )
     title = f"# {paper.title} at the scale `{name}`"
     intro = "Test error in %. A dash: no published figure at hand."
     return "\n\n".join([title, intro, table(head, lines), measured.rstrip(), paper.note]) + "\n"
+
+
+def _optimizer(recipe: dict) -> str:
+    """Such as ``adamw, onecycle schedule, learning rate up to 0.004``."""
+    name, schedule = recipe.get("optimizer", "adamw"), recipe.get("lr_schedule", "onecycle")
+    return f"{name}, {schedule} schedule, learning rate up to {recipe['lr']:g}"
 
 
 def _cell(measured: dict, seeds: int) -> str:

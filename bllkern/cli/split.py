@@ -9,19 +9,20 @@ import statistics
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import bllkern
 
 from .. import cuts as cuts_module
-from .. import cuts_file, models, search
+from .. import cuts_file, search
 from ..cuts_file import CutsFile
 from ..search import Candidate
 from .checkpoint import write_json
 from .data import Dataset, hold_out
 from .errors import UserError, user_errors
 from .journal import Journal
-from .loop import Recipe
+from .loop import Recipe, build
 from .markdown import mean_and_spread, percent, table
 from .train import device, load_data, recipe_of, start
 
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = _recipe(args, shallow)
     data = load_data(args)
     objective = _objective(recipe)
-    net = models.build(recipe.model, data.num_classes, data.train_x.shape[1:])
+    net = build(recipe, data)
     example = data.train_x[:2]
     places = search.places(net, objective, example)
     with user_errors("--blocks"):
@@ -43,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
         evens = {BY_LAYERS: cuts_module.even(net, recipe.cuts), BY_COST: cuts_module.even(net, recipe.cuts, (example,))}
     rows = {name: Candidate(tuple(cuts), objective.head, objective.pool) for name, cuts in evens.items()}
     if shallow is not None:
-        rows[TRANSFERRED] = _transferred(shallow, net, data)
+        source = build(dataclasses.replace(recipe, model=shallow.model), data)
+        rows[TRANSFERRED] = _transferred(shallow, source, net, example)
     trainer = Trainer(args, recipe, data)
     with tqdm(total=_epochs(args, len(candidates), len(rows)), disable=None, leave=False, unit="epoch") as bar:
         trainer.bar = bar
@@ -85,9 +87,9 @@ def _recipe(args: argparse.Namespace, shallow: CutsFile | None) -> Recipe:
     """What every candidate is trained with; ``cuts`` is the number of blocks."""
     if shallow is None:
         args.cuts = args.blocks
-        return recipe_of(args, args.objective, args.option)
+        return recipe_of(args, args.objective, {**args.preset_options, **args.option})
     args.cuts = Path(args.source)
-    recipe = recipe_of(args, args.objective, args.option)
+    recipe = recipe_of(args, args.objective, {**args.preset_options, **args.option})
     options = {n: v for n, v in recipe.options.items() if n not in ("head", "pool") or n in args.option}
     return dataclasses.replace(recipe, cuts=len(shallow.cuts) + 1, options=options)
 
@@ -97,10 +99,9 @@ def _objective(recipe: Recipe) -> bllkern.objectives.Objective:
         return bllkern.objectives.get(recipe.objective, **recipe.options)
 
 
-def _transferred(shallow: CutsFile, net: torch.nn.Module, data: Dataset) -> Candidate:
+def _transferred(shallow: CutsFile, source: nn.Module, net: nn.Module, example: torch.Tensor) -> Candidate:
     with user_errors("--from"):
-        source = models.build(shallow.model, data.num_classes, data.train_x.shape[1:])
-        cuts = search.transfer(shallow.cuts, source, net, data.train_x[:2])
+        cuts = search.transfer(shallow.cuts, source, net, example)
     return Candidate(tuple(cuts), shallow.head, shallow.pool)
 
 
