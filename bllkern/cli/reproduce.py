@@ -33,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
         scale = dataclasses.replace(scale, seeds=args.seeds)
     where, output = device(args), Path(args.output)
     name = f"{args.paper}-{args.scale}"
-    arguments = {"paper": paper.title, "scale": args.scale, **scale.recipe, "device": where.type}
+    methods = {m: dataclasses.asdict(bllkern.objectives.get(o, **options)) for m, (o, options) in paper.methods.items()}
+    arguments = {"paper": paper.title, **scale.recipe, "device": where.type, "methods": methods}
     data = _data(scale, args.data_dir)
     journal = Journal(output / f"{name}.json", arguments)
     try:

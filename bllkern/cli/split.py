@@ -123,7 +123,7 @@ class Trainer:
         self.parts = {"validation": held_out(data), "test": data}
         sizes = {"train_size": len(data.train_x), "test_size": len(data.test_x)}
         fixed = {k: v for k, v in vars(recipe).items() if k not in ("cuts", "epochs", "seed")}
-        fixed |= {**sizes, "device": str(self.where)}
+        fixed |= {**sizes, "device": str(self.where), "options": dataclasses.asdict(_objective(recipe))}
         path = Path(args.output)
         self.journal = Journal(path.with_name(path.stem + ".journal.json"), fixed)
         self.protocol = {**fixed, "epochs": args.epochs, "seed": args.seed, "seeds": args.seeds}
