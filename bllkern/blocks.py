@@ -235,12 +235,12 @@ class BlockLocal(nn.Module):
 
     def _run(self, args, kwargs):
         """What the module returns, and what the objective reads of it where the end of the module yields that too."""
-        objective = self.local.objective
-        plain = kwargs or len(args) != 1 or not (self.training and torch.is_grad_enabled()) or sizing.active()
-        if plain or not (isinstance(objective, LocalLoss) and objective.reads_pooled and self.local.options.isolate):
+        side = self.local.objective.side if isinstance(self.local.objective, LocalLoss) else None
+        apart = side is None or not self.local.options.isolate or kwargs or len(args) != 1
+        if torch.compiler.is_compiling() or apart or not (self.training and torch.is_grad_enabled()) or sizing.active():
             return self.module(*args, **kwargs), None
-        z, features = epilogue.run(self.module, *args, objective.recipe.pool)
-        return z, None if features is None else {"features": features}
+        z, pooled = epilogue.run(self.module, *args, side)
+        return z, None if pooled is None else {"pooled": pooled}
 
     def plain(self) -> nn.Module:
         """The module without its boundary."""

@@ -73,9 +73,10 @@ def batch_norm_relu(
     running statistics, which have no gradient.  All but z are float32 (float64 for float64 x).
     Raises: ``ValueError`` for shapes, devices or sizes; ``TypeError`` for dtypes.
     """
-    unified(x=x)  # checks alone: x and the parameters keep their own dtypes
-    unified(weight=weight, bias=bias)
-    check_device("x", x.device, "weight", weight)
+    unified(x=x)  # checks alone: all keep their own dtypes
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        unified(**{name: tensor})
+        check_device("x", x.device, name, tensor)
     if x.dim() != 4:
         raise ValueError(f"x must have shape [N, C, H, W], got {list(x.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):

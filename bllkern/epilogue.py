@@ -24,9 +24,11 @@ class Epilogue(NamedTuple):
     max_pool: int
     ceil_mode: bool
 
-    def __call__(self, x: Tensor, pool: int) -> tuple[Tensor, Tensor] | None:
-        """Activation [N, C, H, W] and features [N, D], the running statistics updated; ``None`` where the op does not
-        apply to the input of the normalisation."""
+    def __call__(self, x: Tensor, side: int) -> tuple[Tensor, Tensor] | None:
+        """Activation [N, C, H, W] and its average over at most ``side`` places a side, the running statistics updated.
+
+        ``None`` where the op does not apply to the input of the normalisation.
+        """
         norm = self.norm
         values = x.numel() // max(norm.num_features, 1)
         smallest = 1 if self.ceil_mode else self.max_pool
@@ -34,13 +36,13 @@ class Epilogue(NamedTuple):
             return None
         if not x.is_contiguous() or backends.choose("batch_norm_relu", x.device.type, x.dtype) == "reference":
             return None
-        settings = (norm.eps, self.max_pool, self.ceil_mode, pool)
-        z, features, mean, variance = batch_norm_relu(x, norm.weight, norm.bias, *settings)
+        settings = (norm.eps, self.max_pool, self.ceil_mode, side)
+        z, pooled, mean, variance = batch_norm_relu(x, norm.weight, norm.bias, *settings)
         if norm.track_running_stats:
             norm.num_batches_tracked.add_(1)
             norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
             norm.running_var.lerp_((variance * (values / (values - 1))).to(norm.running_var), norm.momentum)
-        return z, features.flatten(1)
+        return z, pooled
 
 
 def of(module: nn.Module) -> Epilogue | None:
@@ -76,14 +78,14 @@ def _pair(value) -> tuple[int, int]:
     return value if isinstance(value, tuple) else (value, value)
 
 
-def run(module: nn.Module, x: Tensor, pool: int) -> tuple[Tensor, Tensor | None]:
-    """``module(x)``, and its features [N, D] where they come with it."""
-    found = None if torch.compiler.is_compiling() else of(module)
+def run(module: nn.Module, x: Tensor, side: int) -> tuple[Tensor, Tensor | None]:
+    """``module(x)``, and its average over at most ``side`` places a side where that comes with it."""
+    found = of(module)
     if found is None:
         return module(x), None
     for child in found.before:
         x = child(x)
-    result = found(x, pool)
+    result = found(x, side)
     if result is not None:
         return result
     for child in list(module)[len(found.before) :]:

@@ -172,8 +172,8 @@ def test_other_errors_of_the_network_stay_as_they_are():
 def test_the_plain_network_is_not_watched():
     net = bllkern.convert(SkipToTheOutput(), ["stem"], 5, example=X)
     plain = bllkern.unwrap(net)
-    assert not plain._forward_hooks and len(net._forward_hooks) == 1
-    assert len(copy.deepcopy(net)._forward_hooks) == 1
+    assert not plain._forward_hooks and net._forward_hooks
+    assert len(copy.deepcopy(net)._forward_hooks) == len(net._forward_hooks)
 
 
 Pair = namedtuple("Pair", "hidden extra")

@@ -206,16 +206,18 @@ def running() -> Pass | None:
     return _running.get()
 
 
-@torch.compiler.disable
 def _begin(net: nn.Module, args: tuple) -> None:
+    if torch.compiler.is_compiling():  # all in one: its blocks run in turn
+        return
     _end(net, args, None)  # a pass that was interrupted from the keyboard
     step = targets.given()
     if step is not None and net.training and torch.is_grad_enabled() and not _serial.get() and running() is None:
         _running.set(Pass(net, step.y.device))
 
 
-@torch.compiler.disable
 def _end(net: nn.Module, args: tuple, output: object) -> None:
+    if torch.compiler.is_compiling():
+        return
     found = running()
     if found is not None and found.net is net:
         _running.set(None)

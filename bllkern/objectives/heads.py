@@ -26,6 +26,7 @@ class Head(nn.Module):
     def __init__(self, kind: str, target_features: int, pool: int):
         super().__init__()
         self.kind, self.pool = kind, pool
+        self.side = 2 * pool if kind == "conv" else pool  # to which a map is averaged first
         self.hidden = LazyWeight(CHANNELS if kind == "conv" else max(WIDTH, target_features), bias=False)
 
     def extra_repr(self):
@@ -40,7 +41,7 @@ class Head(nn.Module):
         if not is_map(z, channel_dim):
             raise ValueError(f"head='conv' needs an activation [B, C, *spatial], got {list(z.shape)}")
         check_floating(z)
-        maps = in_full_precision(averaged(z, 2 * self.pool))
+        maps = in_full_precision(averaged(z, self.side))
         weight, _ = self.hidden(maps)
         return averaged(_activated(CONVOLUTIONS[z.dim() - 2](maps, weight, padding=1)), self.pool).flatten(1)
 

@@ -95,11 +95,11 @@ class LocalLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """Weighted terms of activation ``z``; ``rerun(std)`` computes ``z`` again from a noisy input.
 
-        ``known`` are terms that came with ``z`` (:meth:`linear`), or its ``features`` [N, D].
+        ``known`` are terms that came with ``z`` (:meth:`linear`), or its average over :attr:`side` places, ``pooled``.
         """
         if not self.sized:
             self.initialize(z)
-        batch = self._batch(z, target, rerun, known.get("features"))
+        batch = self._batch(z, target, rerun, known.get("pooled"))
         return {
             name: getattr(self.recipe, name) * (known[name] if name in known else getattr(batch, name)())
             for name in self.terms
@@ -145,14 +145,18 @@ class LocalLoss(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
-    def reads_pooled(self) -> bool:
-        """Whether all that the terms see of a map is its pooled features."""
-        return self.reader is None and self.channel_dim in (None, 1)
+    def side(self) -> int | None:
+        """Places a side to which a map [B, C, H, W] is averaged before all else; ``None`` where channels come last."""
+        if self.channel_dim not in (None, 1):
+            return None
+        return self.recipe.pool if self.reader is None else self.reader.side
 
-    def _batch(self, z: Tensor, target: Targets, rerun: Callable[[float], Tensor] | None, features=None) -> Batch:
+    def _batch(
+        self, z: Tensor, target: Targets, rerun: Callable[[float], Tensor] | None, pooled: Tensor | None = None
+    ) -> Batch:
         y = self._matched(z, target)
-        if features is None:
-            features = self._features(z, y.dim() == 1 and target.y.dim() == 2)  # [B, T] became a row per token
+        tokens = y.dim() == 1 and target.y.dim() == 2  # [B, T] became a row per token
+        features = self._features(z if pooled is None else pooled, tokens)
         return Batch(self, z, features, y, self._kind, target.ignore_index, rerun)
 
     def _matched(self, z: Tensor, target: Targets) -> Tensor:

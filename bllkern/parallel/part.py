@@ -239,6 +239,8 @@ class Part:
 class _NoBoundary(nn.Module):
     """Stands where a block of another rank ends."""
 
+    objective = options = None
+
     def forward(self, z: Tensor, *rest) -> Tensor:
         return z
 
