@@ -124,3 +124,15 @@ def assert_no_worse_than_eager(function, formula, *tensors, tolerance=1e-2):
         what = f"gradient {i - 1}" if i else "value"
         assert i == 0 or x.dtype == tensors[i - 1].dtype, what
         assert relative_l2(x, t) <= relative_l2(e, t) + tolerance, what
+
+
+def record_calls(monkeypatch, module, name):
+    """A list of the arguments of every call of ``module.name`` from now on."""
+    calls, function = [], getattr(module, name)
+
+    def recorded(*args):
+        calls.append(args)
+        return function(*args)
+
+    monkeypatch.setattr(module, name, recorded)
+    return calls

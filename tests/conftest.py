@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from bllkern import backends  # noqa: E402
+from bllkern import _native, backends  # noqa: E402
 
 from checks import available  # noqa: E402
 
@@ -38,6 +38,15 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=_native._C.isas if _native.error is None else [])
+def isa(request):
+    """Each instruction set of the compiled kernels that this CPU has."""
+    chosen = _native._C.isa()
+    _native._C.set_isa(request.param)
+    yield request.param
+    _native._C.set_isa(chosen)
 
 
 @pytest.fixture

@@ -8,8 +8,19 @@ from bllkern.models.resnet import BasicBlock, ResNet
 from bllkern.models.transformer import Transformer
 from bllkern.models.vgg import VGG
 from bllkern.models.vit import VisionTransformer
+from bllkern.objectives import BLL
 
 CLASSES = 5
+EVERY_TERM = BLL(
+    family="bernoulli",
+    agreement=0.1,
+    decorrelation=0.5,
+    denoising=1.0,
+    prediction=0.5,
+    similarity_target="feedback",
+    feedback="chained",
+    bootstrapping=True,
+)
 NAMES = ["mlp", "convnet", "vgg", "resnet", "vit", "transformer", "gpt"]
 
 

@@ -10,6 +10,8 @@ import bllkern
 from bllkern import backends, epilogue
 from bllkern.objectives import BLL
 
+from checks import record_calls
+
 CLASSES = 5
 Y = torch.arange(12) % CLASSES
 NATIVE = backends.choose("batch_norm_relu", "cpu", torch.float32) != "reference"
@@ -17,15 +19,8 @@ NATIVE = backends.choose("batch_norm_relu", "cpu", torch.float32) != "reference"
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Counts the calls of ``batch_norm_relu``; without a kernel for it, every block runs its modules."""
-    calls = []
-
-    def counted(*args, batch_norm_relu=epilogue.batch_norm_relu):
-        calls.append(args)
-        return batch_norm_relu(*args)
-
-    monkeypatch.setattr(epilogue, "batch_norm_relu", counted)
-    return calls
+    """The calls of ``batch_norm_relu``; without a kernel for it, every block runs its modules."""
+    return record_calls(monkeypatch, epilogue, "batch_norm_relu")
 
 
 def blocks(*ends):

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bllkern.objectives import features
+from bllkern.objectives import BLL, features
+from bllkern.objectives.features import raised, rows
 
 POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
@@ -37,3 +38,28 @@ def test_the_gradient_has_the_layout_of_the_activation():
     z = torch.randn(3, 5, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
     features.rows(z, False, 4, None).sum().backward()
     assert z.grad.stride() == z.stride()
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 7, 5), (3, 5, 9), (3, 5, 9, 7), (3, 5, 2, 3), (3, 5, 4, 5, 6)])
+def test_rows_and_their_way_back(shape):
+    z = torch.randn(shape)
+    channel_dim = 1 if shape == (3, 5, 9) else None
+    found = rows(z, False, 4, channel_dim)
+    assert found.shape[0] == 3 and found.dim() == 2
+    spread = raised(found, z, channel_dim, 4)
+    assert spread.shape == z.shape
+    if all(side <= 4 or side % 4 == 0 for side in shape[2:]):
+        torch.testing.assert_close(rows(spread, False, 4, channel_dim), found)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5, 2, 2, 2, 2)])
+def test_shapes_that_no_boundary_takes(shape):
+    with pytest.raises(ValueError, match="an activation"):
+        rows(torch.zeros(shape), False, 4, None)
+
+
+def test_dtypes_that_no_boundary_takes():
+    with pytest.raises(TypeError, match="floating-point tensor, got torch.int64"):
+        rows(torch.zeros(3, 4, dtype=torch.int64), False, 4, None)
+    with pytest.raises(TypeError, match="floating-point tensor, got torch.int64"):
+        BLL().build(4).initialize(torch.zeros(3, 4, 5, 5, dtype=torch.int64))

@@ -8,21 +8,11 @@ import nets
 from bllkern import objectives
 from bllkern.objectives import BLL, BWBPF
 
-EVERYTHING = BLL(
-    family="bernoulli",
-    agreement=0.1,
-    decorrelation=0.5,
-    denoising=1.0,
-    prediction=0.5,
-    similarity_target="feedback",
-    feedback="chained",
-    bootstrapping=True,
-)
 OBJECTIVES = {
     "bll": "bll",
     "bwbpf": "bwbpf",
     "predsim": "predsim",
-    "everything": EVERYTHING,
+    "everything": nets.EVERY_TERM,
     "chained": BLL(feedback="chained"),
     "fixed": BLL(feedback="fixed", agreement=0.1),
     "linear head": BLL(head="linear"),

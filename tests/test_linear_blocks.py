@@ -11,20 +11,15 @@ import bllkern
 from bllkern import functional
 from bllkern.objectives import BLL
 
+from checks import record_calls
+
 CLASSES = 5
 
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Counts the calls of ``linear_agreement``."""
-    calls = []
-
-    def counted(*args, linear_agreement=functional.linear_agreement):
-        calls.append(args)
-        return linear_agreement(*args)
-
-    monkeypatch.setattr(functional, "linear_agreement", counted)
-    return calls
+    """The calls of ``linear_agreement``."""
+    return record_calls(monkeypatch, functional, "linear_agreement")
 
 
 def pair(objective, dtype, x, schedule="eager", chained=False):

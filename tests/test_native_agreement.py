@@ -14,14 +14,6 @@ FAMILIES = ["bernoulli", "gaussian", "gaussian_learned", "poisson", "categorical
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
-@pytest.fixture(params=_native._C.isas if _native.error is None else [])
-def isa(request):
-    chosen = _native._C.isa()
-    _native._C.set_isa(request.param)
-    yield request.param
-    _native._C.set_isa(chosen)
-
-
 def sample(family, shape, dtype=torch.float32, spread=1.0):
     x = torch.randn(shape) * spread
     if family == "poisson":

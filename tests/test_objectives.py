@@ -10,7 +10,6 @@ from torch import nn
 import bllkern
 from bllkern import families, functional, objectives
 from bllkern.objectives import BLL, BWBPF, PredSim
-from bllkern.objectives.features import raised, rows
 from bllkern.objectives.heads import CHANNELS
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(7))
@@ -266,31 +265,6 @@ def test_bootstrapping_hands_on_the_posterior():
     torch.testing.assert_close(out, (plain + message).detach())
     assert not out.requires_grad
     assert torch.equal(layer.eval()(X), plain)
-
-
-@pytest.mark.parametrize("shape", [(3, 5), (3, 7, 5), (3, 5, 9), (3, 5, 9, 7), (3, 5, 2, 3), (3, 5, 4, 5, 6)])
-def test_rows_and_their_way_back(shape):
-    z = torch.randn(shape)
-    channel_dim = 1 if shape == (3, 5, 9) else None
-    features = rows(z, False, 4, channel_dim)
-    assert features.shape[0] == 3 and features.dim() == 2
-    spread = raised(features, z, channel_dim, 4)
-    assert spread.shape == z.shape
-    if all(side <= 4 or side % 4 == 0 for side in shape[2:]):
-        torch.testing.assert_close(rows(spread, False, 4, channel_dim), features)
-
-
-@pytest.mark.parametrize("shape", [(5,), (3, 5, 2, 2, 2, 2)])
-def test_shapes_that_no_boundary_takes(shape):
-    with pytest.raises(ValueError, match="an activation"):
-        rows(torch.zeros(shape), False, 4, None)
-
-
-def test_dtypes_that_no_boundary_takes():
-    with pytest.raises(TypeError, match="floating-point tensor, got torch.int64"):
-        rows(torch.zeros(3, 4, dtype=torch.int64), False, 4, None)
-    with pytest.raises(TypeError, match="floating-point tensor, got torch.int64"):
-        BLL().build(4).initialize(torch.zeros(3, 4, 5, 5, dtype=torch.int64))
 
 
 def test_bwbpf_is_pooling_and_a_linear_head():

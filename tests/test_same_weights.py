@@ -6,22 +6,12 @@ from torch import nn
 
 import bllkern
 import nets
-from bllkern.objectives import BLL
 
 STEPS = 20
 EVERY_TERM_ON = ("mlp", "resnet", "gpt")
 OBJECTIVES = {
     "bll": "bll",
-    "bll with every term": BLL(
-        family="bernoulli",
-        agreement=0.1,
-        decorrelation=0.5,
-        denoising=1.0,
-        prediction=0.5,
-        similarity_target="feedback",
-        feedback="chained",
-        bootstrapping=True,
-    ),
+    "bll with every term": nets.EVERY_TERM,
     "bwbpf": "bwbpf",
     "predsim": "predsim",
 }
