@@ -1,12 +1,10 @@
-"""``torchrun -m bllkern train --block-parallel``: what one process learns, and a restart after a rank is killed."""
+"""``torchrun -m bllkern train --block-parallel``: what one process learns."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +14,10 @@ from bllkern.cli import main
 ARGUMENTS = ["train", "--train-size", "60", "--test-size", "40", "--batch-size", "20", "--threads", "1"]
 
 
-def torchrun(processes, *arguments, **options):
+def torchrun(processes, *arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    command += [*options.pop("torchrun", ()), "-m", "bllkern", *ARGUMENTS, *map(str, arguments)]
+    command += ["-m", "bllkern", *ARGUMENTS, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
@@ -38,24 +36,17 @@ def weights(folder):
     return torch.load(folder / "weights.pt", weights_only=True)
 
 
-def test_a_rank_killed_is_restarted_and_trains_as_one_process_does(tmp_path, capsys):
-    assert main([*ARGUMENTS, "--epochs", "20", "--output", str(tmp_path / "one")]) == 0
+def test_two_ranks_train_as_one_process_does(tmp_path, capsys):
+    assert main([*ARGUMENTS, "--epochs", "8", "--output", str(tmp_path / "one")]) == 0
     folder = tmp_path / "two"
-    arguments = ["--epochs", 20, "--block-parallel", 2, "--output", folder, "--resume"]
-    job = torchrun(2, *arguments, torchrun=["--max-restarts", "2"])
-    deadline = time.monotonic() + 40
-    while len(list(folder.glob("checkpoints/step-*/.metadata"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    ranks = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    os.kill(int(ranks[-1]), signal.SIGKILL)
+    job = torchrun(2, "--epochs", 8, "--block-parallel", 2, "--output", folder)
     printed, errors = ended(job)
     assert job.returncode == 0, errors
-    one, two = weights(tmp_path / "one"), weights(folder)
+    assert weights(tmp_path / "one").keys() == weights(folder).keys()
     first, second = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     # not bit for bit: on a loaded machine two processes have once differed in the last place, which training amplifies
-    assert one.keys() == two.keys() and len(first) == len(second)
     for epoch, other in zip(first, second, strict=True):
-        assert epoch["losses"] == pytest.approx(other["losses"], abs=3e-3)
+        assert epoch["losses"] == pytest.approx(other["losses"], abs=1e-3)
         assert epoch["accuracy"] == pytest.approx(other["accuracy"], abs=0.05)
     assert "rank 0: blocks 'layer1'" in printed and f"test accuracy {second[-1]['accuracy']:.2%}" in printed
 

@@ -171,12 +171,12 @@ def _train(training: RankTraining, output: Path | None) -> None:
     with tqdm(**bar, position=dist.get_rank(), disable=None, leave=False, unit="step") as progress:
         for _ in range(done, total):
             reports = training.gathered(training.train_epoch(progress.update))
-            if output is not None:
-                training.save(output / "checkpoints")
             if training.is_root:
                 columns = _print_row(training.merge(reports), columns)
-                if output is not None:
+                if output is not None:  # before the checkpoint: what is ahead of that is cut off when it is continued
                     checkpoint.write_json(output / "metrics.json", [vars(epoch) for epoch in training.history])
+            if output is not None:
+                training.save(output / "checkpoints")
     _summarise(training, output)
 
 
