@@ -16,20 +16,21 @@ def unified(**tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
     The usual case, nothing to convert, costs a comparison each: these checks run at every call of every loss.
     """
-    of, first = next(iter(tensors.items()))
+    given = tuple(tensors.values())
+    first = given[0]
     dtype, device = first.dtype, first.device
     if dtype.is_floating_point:
-        for x in tensors.values():
+        for x in given[1:]:
             if x is not None and (x.dtype is not dtype or x.device != device):
                 break
         else:
-            return tuple(tensors.values())
+            return given
     for name, x in tensors.items():
         if x is not None and not x.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
     for name, x in tensors.items():
         if x is not None:
-            check_device(of, device, name, x)
+            check_device(next(iter(tensors)), device, name, x)
             dtype = torch.promote_types(dtype, x.dtype)
     return tuple(x if x is None or x.dtype == dtype else x.to(dtype) for x in tensors.values())
 
@@ -49,8 +50,9 @@ def checked_target(target: Tensor, of: str, x: Tensor, classes: int | None) -> T
 
     That indices are below ``classes`` is for the op to check, where that needs no synchronisation.
     """
-    check_device(of, x.device, "target", target)
-    rows = x.shape[0]
+    device, rows = x.device, x.shape[0]
+    if target.device != device:
+        check_device(of, device, "target", target)
     if target.dtype is torch.int64:
         if target.shape != (rows,):
             raise ValueError(f"target must have shape [{rows}] as class indices, got {list(target.shape)}")

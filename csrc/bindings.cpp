@@ -26,13 +26,13 @@ constexpr int64_t kLongCall = int64_t{1} << 15;  // elements from which on givin
 
 py::tuple supported_isas() {
     py::list names;
-    for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
+    for (Isa isa : kIsas)
         if (isa_supported(isa)) names.append(kIsaNames[static_cast<int>(isa)]);
     return py::tuple(names);
 }
 
 void set_isa_by_name(const std::string& name) {
-    for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
+    for (Isa isa : kIsas)
         if (name == kIsaNames[static_cast<int>(isa)] && isa_supported(isa)) return set_isa(isa);
     throw std::invalid_argument("isa must be one of " + py::repr(supported_isas()).cast<std::string>() +
                                 " on this machine, got '" + name + "'");
@@ -118,15 +118,15 @@ double softmax_errors_at(int64_t logits, int64_t bias, int64_t labels, int64_t p
     return without_lock_if_long(rows * classes, [&] { return BLLKERN_DISPATCH(softmax_errors)(job); });
 }
 
-void linear_head_at(int64_t x, int64_t weight, int64_t bias, int64_t labels, int64_t probabilities, int64_t grad_x,
-                    int64_t grad_weight, int64_t grad_bias, int64_t loss, int64_t rows, int64_t width, int64_t classes,
-                    int64_t ignore_index, float smoothing, bool mean, int dtype) {
+double linear_head_at(int64_t x, int64_t weight, int64_t bias, int64_t labels, int64_t probabilities, int64_t grad_x,
+                      int64_t grad_weight, int64_t grad_bias, int64_t rows, int64_t width, int64_t classes,
+                      int64_t ignore_index, float smoothing, bool mean, int dtype) {
     const float scale = row_scale(labels, rows, classes, ignore_index, mean);
     LinearHeadJob job = {pointer<const void>(x), pointer<const void>(weight), pointer<const void>(bias),
                          pointer<const int64_t>(labels), pointer<const float>(probabilities), pointer<void>(grad_x),
-                         pointer<void>(grad_weight), pointer<void>(grad_bias), pointer<float>(loss), rows, width,
-                         classes, ignore_index, smoothing, scale, static_cast<DType>(dtype)};
-    without_lock_if_long(rows * width, [&] { BLLKERN_DISPATCH(linear_head)(job); });
+                         pointer<void>(grad_weight), pointer<void>(grad_bias), rows, width, classes, ignore_index,
+                         smoothing, scale, static_cast<DType>(dtype)};
+    return without_lock_if_long(rows * width, [&] { return BLLKERN_DISPATCH(linear_head)(job); });
 }
 
 int64_t normalize_rows_at(int64_t x, int64_t labels, int64_t normalized, int64_t rows, int64_t width,

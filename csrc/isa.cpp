@@ -5,19 +5,26 @@
 namespace bllkern {
 
 bool isa_supported(Isa isa) {
+    if (isa == Isa::baseline) return true;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (isa == Isa::avx512)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    return avx512 && (isa == Isa::avx512 || __builtin_cpu_supports("avx512bf16"));
+#else
+    return false;
 #endif
-    return isa == Isa::baseline;
 }
 
-static std::atomic<Isa> current{isa_supported(Isa::avx512) ? Isa::avx512
-                                : isa_supported(Isa::avx2) ? Isa::avx2
-                                                           : Isa::baseline};
+static Isa widest() {
+    Isa found = Isa::baseline;
+    for (Isa isa : kIsas)
+        if (isa_supported(isa)) found = isa;
+    return found;
+}
+
+static std::atomic<Isa> current{widest()};
 
 Isa current_isa() { return current.load(std::memory_order_relaxed); }
 

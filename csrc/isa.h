@@ -6,9 +6,10 @@
 
 namespace bllkern {
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, avx512bf16 };  // from the narrowest on
 
-constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512"};
+constexpr Isa kIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512bf16};
+constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512", "avx512bf16"};
 
 // Whether this machine runs it and this build has it.
 bool isa_supported(Isa isa);
@@ -22,9 +23,11 @@ void set_isa(Isa isa);
 #define BLLKERN_DECLARE(...)                  \
     namespace baseline { __VA_ARGS__; }       \
     namespace avx2 { __VA_ARGS__; }           \
-    namespace avx512 { __VA_ARGS__; }
+    namespace avx512 { __VA_ARGS__; }     \
+    namespace avx512bf16 { __VA_ARGS__; }
 #define BLLKERN_DISPATCH(kernel)                                                \
-    (::bllkern::current_isa() == ::bllkern::Isa::avx512 ? &::bllkern::avx512::kernel \
+    (::bllkern::current_isa() == ::bllkern::Isa::avx512bf16 ? &::bllkern::avx512bf16::kernel \
+     : ::bllkern::current_isa() == ::bllkern::Isa::avx512   ? &::bllkern::avx512::kernel     \
      : ::bllkern::current_isa() == ::bllkern::Isa::avx2 ? &::bllkern::avx2::kernel   \
                                                         : &::bllkern::baseline::kernel)
 #else

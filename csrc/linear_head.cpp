@@ -10,22 +10,40 @@ namespace {
 
 constexpr int64_t kPiece = 65536;  // products that a thread takes at a time
 constexpr int kRows = 4, kClasses = 4, kVectors = 2;
+constexpr int kSums = 8;           // classes whose weights' gradients are added up together
 constexpr int64_t kRun = 64;       // rows whose products are added in one run of float sums
 
 BLLKERN_INLINE int64_t at_most(int64_t i, int64_t last) { return i < last ? i : last; }
 
-// error [rows, classes] holds the logits without bias, then their gradient.
-template <class T> struct Head {
-    const LinearHeadJob& job;
-    const T* x = static_cast<const T*>(job.x);
-    const T* weight = static_cast<const T*>(job.weight);
-    float* error;
+template <class T> void to_float(const T* x, int64_t count, float* out) {
+    each_vector(0, count, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+        store_first(out + i, load_first(x + i, n, 0.f), n);
+    });
+}
 
-    // logits of rows r.. and classes c..: x_r . w_c
-    void logits(int64_t r, int64_t c) const {
+// x as floats for the time of a call.
+template <class T> struct AsFloat : Scratch<float> {
+    AsFloat(const T* x, int64_t count) : Scratch<float>(count) { to_float(x, count, data); }
+};
+template <> struct AsFloat<float> {
+    const float* data;
+    AsFloat(const float* x, int64_t) : data(x) {}
+};
+
+// Features, and weights of type W: their own or, where enough rows share the work of it, what to_float makes of them.
+// error [rows, classes] holds the logits without bias, then their gradient.
+template <class T, class W> struct Head {
+    const LinearHeadJob& job;
+    const W* weight;
+    float* error;
+    const T* x = static_cast<const T*>(job.x);
+
+    // logits of rows r.., which `part` holds, and classes c..: x_r . w_c
+    void logits(const float* part, int64_t r, int64_t c) const {
         Lanes sums[kRows][kClasses] = {};
-        const T *rows[kRows], *classes[kClasses];
-        for (int i = 0; i < kRows; i++) rows[i] = x + at_most(r + i, job.rows - 1) * job.width;
+        const float* rows[kRows];
+        const W* classes[kClasses];
+        for (int i = 0; i < kRows; i++) rows[i] = part + at_most(i, job.rows - 1 - r) * job.width;
         for (int j = 0; j < kClasses; j++) classes[j] = weight + at_most(c + j, job.classes - 1) * job.width;
         each_vector(0, job.width, [&](int64_t d, int64_t n) __attribute__((always_inline)) {
             Lanes w[kClasses];
@@ -35,9 +53,13 @@ template <class T> struct Head {
                 for (int j = 0; j < kClasses; j++) sums[i][j] += v * w[j];
             }
         });
-        for (int i = 0; i < kRows && r + i < job.rows; i++)
-            for (int j = 0; j < kClasses && c + j < job.classes; j++)
-                error[(r + i) * job.classes + c + j] = sum_quickly(sums[i][j]);
+        for (int i = 0; i < kRows && r + i < job.rows; i++) {
+            const Lanes* of = sums[i];
+            float last[kClasses], *out = error + (r + i) * job.classes + c;
+            const bool whole = c + kClasses <= job.classes;
+            store_sums(whole ? out : last, of[0], of[1], of[2], of[3]);
+            if (!whole) memcpy(out, last, (job.classes - c) * sizeof *out);
+        }
     }
 
     // grad_x of rows r..: sum_c e_rc w_c
@@ -59,23 +81,23 @@ template <class T> struct Head {
         each_block(block);
     }
 
-    // grad_weight of classes c..: sum_r e_rc x_r, for the columns of block d
-    void by_weight(int64_t c, int64_t d) const {
+    // grad_weight of classes c..c + count - 1: sum_r e_rc x_r, for the columns of block d
+    template <int count> void by_weight(int64_t c, int64_t d) const {
         auto block = [&](int64_t d, int64_t n, auto vectors) __attribute__((always_inline)) {
             constexpr int kCount = decltype(vectors)::value;
-            Lanes totals[kClasses][kCount] = {};
+            Lanes totals[count][kCount] = {};
             for (int64_t begin = 0; begin < job.rows; begin += kRun) {
-                Lanes sums[kClasses][kCount] = {};
+                Lanes sums[count][kCount] = {};
                 for (int64_t r = begin; r < at_most(begin + kRun, job.rows); r++)
                     for (int v = 0; v < kCount; v++) {
                         Lanes row = load_first(x + r * job.width + d + v * kLanes, n - v * kLanes, 0.f);
-                        for (int j = 0; j < kClasses; j++)
+                        for (int j = 0; j < count; j++)
                             sums[j][v] += row * error[r * job.classes + at_most(c + j, job.classes - 1)];
                     }
-                for (int j = 0; j < kClasses; j++)
+                for (int j = 0; j < count; j++)
                     for (int v = 0; v < kCount; v++) totals[j][v] += sums[j][v];
             }
-            for (int j = 0; j < kClasses && c + j < job.classes; j++)
+            for (int j = 0; j < count && c + j < job.classes; j++)
                 for (int v = 0; v < kCount; v++)
                     store_first(static_cast<T*>(job.grad_weight) + (c + j) * job.width + d + v * kLanes, totals[j][v],
                                 n - v * kLanes);
@@ -99,15 +121,6 @@ template <class T> struct Head {
     }
 };
 
-void bias_to_float(const LinearHeadJob& job, float* out) {
-    with_type(job.dtype, [&](auto type) {
-        const auto* bias = static_cast<const decltype(type)*>(job.bias);
-        each_vector(0, job.classes, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-            store_first(out + c, load_first(bias + c, n, 0.f), n);
-        });
-    });
-}
-
 template <class T> void by_bias(const LinearHeadJob& job, const float* error) {
     each_vector(0, job.classes, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
         Lanes total = {};
@@ -116,43 +129,51 @@ template <class T> void by_bias(const LinearHeadJob& job, const float* error) {
     });
 }
 
-template <class T> void run(const LinearHeadJob& job) {
+template <class T, class W> double run(const LinearHeadJob& job, const W* weight) {
     Scratch<float> error(job.rows * job.classes), bias(job.classes);
-    Head<T> head{job};
-    head.error = error.data;
-    if (job.bias) bias_to_float(job, bias.data);
+    Head<T, W> head{job, weight, error.data};
+    if (job.bias) to_float(static_cast<const T*>(job.bias), job.classes, bias.data);
     const bool write = job.grad_x || job.grad_weight || job.grad_bias;
     const int64_t groups = (job.rows + kRows - 1) / kRows;
     Scratch<double> losses(groups);
 
     auto rows = [&](int64_t group) {
         const int64_t r = group * kRows, count = at_most(kRows, job.rows - r);
-        for (int64_t c = 0; c < job.classes; c += kClasses) head.logits(r, c);
-        SoftmaxErrorJob part = {
+        AsFloat<T> part(head.x + r * job.width, count * job.width);
+        for (int64_t c = 0; c < job.classes; c += kClasses) head.logits(part.data, r, c);
+        SoftmaxErrorJob softmax = {
             error.data + r * job.classes, job.bias ? bias.data : nullptr, job.labels ? job.labels + r : nullptr,
             job.probabilities ? job.probabilities + r * job.classes : nullptr, count, job.classes, job.ignore_index,
             job.smoothing, job.scale, DType::float32, write};
         losses[group] = 0;
-        for (int64_t i = 0; i < count; i++) losses[group] += softmax_row<float>(part, i);
+        for (int64_t i = 0; i < count; i++) losses[group] += softmax_row<float>(softmax, i);
         if (job.grad_x) head.by_x(r);
     };
     parallel_for(groups, kPiece / (kRows * job.width * job.classes + 1) + 1, rows);
-    *job.loss = static_cast<float>(sum_in_order(losses.data, groups));
 
-    const int64_t class_groups = (job.classes + kClasses - 1) / kClasses;
+    const int64_t class_groups = (job.classes + kSums - 1) / kSums, block = head.kBlock;
     auto columns = [&](int64_t i) {
-        head.by_weight(i % class_groups * kClasses, i / class_groups * Head<T>::kBlock);
+        const int64_t c = i % class_groups * kSums, d = i / class_groups * block;
+        c + kSums / 2 < job.classes ? head.template by_weight<kSums>(c, d) : head.template by_weight<kSums / 2>(c, d);
     };
-    const int64_t blocks = (job.width + Head<T>::kBlock - 1) / Head<T>::kBlock;
-    if (job.grad_weight)
-        parallel_for(blocks * class_groups, kPiece / (kClasses * Head<T>::kBlock * job.rows + 1) + 1, columns);
+    const int64_t blocks = (job.width + block - 1) / block;
+    if (job.grad_weight) parallel_for(blocks * class_groups, kPiece / (kSums * block * job.rows + 1) + 1, columns);
     if (job.grad_bias) by_bias<T>(job, error.data);
+    return sum_in_order(losses.data, groups);
+}
+
+template <class T> double with_weights(const LinearHeadJob& job) {
+    const T* weight = static_cast<const T*>(job.weight);
+    if (job.rows < 2 * kRows) return run<T>(job, weight);
+    return run<T>(job, static_cast<const float*>(AsFloat<T>(weight, job.classes * job.width).data));
 }
 
 }  // namespace
 
-void linear_head(const LinearHeadJob& job) {
-    with_type(job.dtype, [&](auto type) { run<decltype(type)>(job); });
+double linear_head(const LinearHeadJob& job) {
+    double loss = 0;
+    with_type(job.dtype, [&](auto type) { loss = with_weights<decltype(type)>(job); });
+    return loss;
 }
 
 }  // namespace bllkern::BLLKERN_ISA

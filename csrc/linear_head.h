@@ -17,7 +17,6 @@ struct LinearHeadJob {
     void* grad_x;                // like x, or null
     void* grad_weight;           // like weight, or null
     void* grad_bias;             // like bias, or null
-    float* loss;                 // [1]
     int64_t rows, width, classes;
     int64_t ignore_index;  // rows with this label have loss and gradient 0
     float smoothing;
@@ -25,6 +24,7 @@ struct LinearHeadJob {
     DType dtype;  // of x, weight, bias and their gradients
 };
 
-BLLKERN_DECLARE(void linear_head(const LinearHeadJob& job))
+// The sum of the rows' losses.
+BLLKERN_DECLARE(double linear_head(const LinearHeadJob& job))
 
 }  // namespace bllkern

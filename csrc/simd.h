@@ -71,16 +71,34 @@ template <class T> BLLKERN_INLINE T load_raw(const void* p) {
     return x;
 }
 
+// A bfloat16 is the upper half of a float.  It is rounded to nearest even: half a unit of the kept part is added, less one
+// where that part is even.  A NaN stays one: the low half of its bits is 0 in what processors make and in what comes from
+// bfloat16, so nothing carries over.
+#if defined(__AVX512F__)
+BLLKERN_INLINE Lanes widen(Shorts x, BFloat16) {
+    const __m512i to_upper = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0,
+                                              7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+    return (Lanes)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, to_upper, _mm512_castsi256_si512((__m256i)x));
+}
+#if defined(__AVX512BF16__)
+// Its own instruction takes numbers below the least normal one for 0.
+BLLKERN_INLINE Shorts narrow(Lanes x, BFloat16) { return (Shorts)_mm512_cvtneps_pbh((__m512)x); }
+#else
+BLLKERN_INLINE Shorts narrow(Lanes x, BFloat16) {
+    const __m512i less = _mm512_set1_epi32(0x7fff), half = _mm512_set1_epi32(0x8000), odd = _mm512_set1_epi32(0x10000);
+    const __m512i bits = (__m512i)x, add = _mm512_mask_mov_epi32(less, _mm512_test_epi32_mask(bits, odd), half);
+    return (Shorts)_mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(bits, add), 16));
+}
+#endif
+#else
 BLLKERN_INLINE Lanes widen(Shorts x, BFloat16) {
     return (Lanes)(__builtin_convertvector(x, Words) << 16);
 }
-
-// Rounds to nearest even: adds half a unit of the kept part, less one where that part is even.  A NaN stays one: the
-// low half of its bits is 0 in what processors make and in what comes from bfloat16, so nothing carries over.
 BLLKERN_INLINE Shorts narrow(Lanes x, BFloat16) {
     Words w = (Words)x;
     return __builtin_convertvector((w + 0x7fff + ((w >> 16) & 1)) >> 16, Shorts);
 }
+#endif
 
 #if defined(__AVX512F__)
 BLLKERN_INLINE Lanes widen(Shorts x, Half) { return (Lanes)_mm512_cvtph_ps((__m256i)x); }
@@ -151,28 +169,49 @@ BLLKERN_INLINE void stream_fence() {
 // ---- across lanes ----
 
 BLLKERN_INLINE double sum(Lanes x) {
+#if defined(__AVX512F__)
+    __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x));
+    return _mm512_reduce_add_pd(low + _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1)));
+#else
     double total = 0;
     for (int i = 0; i < kLanes; i++) total += x[i];
     return total;
-}
-
-// The same in float, pair by pair, where many short sums are taken.
-BLLKERN_INLINE float sum_quickly(Lanes x) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)x);
-#elif defined(__AVX2__)
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-#else
-    return (x[0] + x[2]) + (x[1] + x[3]);
 #endif
 }
 
+// Stores the sums in float, pair by pair, of a, b, c and d: where many short sums are taken.
+//
+// Two steps leave [sum a, sum b, sum c, sum d] of every four lanes; the last adds these quarters of a vector.
+#if defined(__AVX512F__)
+BLLKERN_INLINE void store_sums(float* p, Lanes a, Lanes b, Lanes c, Lanes d) {
+    __m512 ab = _mm512_unpacklo_ps((__m512)a, (__m512)b) + _mm512_unpackhi_ps((__m512)a, (__m512)b);
+    __m512 cd = _mm512_unpacklo_ps((__m512)c, (__m512)d) + _mm512_unpackhi_ps((__m512)c, (__m512)d);
+    __m512d low = _mm512_unpacklo_pd((__m512d)ab, (__m512d)cd), high = _mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
+    __m512 sums = (__m512)low + (__m512)high;
+    __m256 half = _mm512_castps512_ps256(sums) + _mm512_extractf32x8_ps(sums, 1);
+    _mm_storeu_ps(p, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+}
+#elif defined(__AVX2__)
+BLLKERN_INLINE void store_sums(float* p, Lanes a, Lanes b, Lanes c, Lanes d) {
+    __m256 ab = _mm256_hadd_ps((__m256)a, (__m256)b), cd = _mm256_hadd_ps((__m256)c, (__m256)d);
+    __m256 sums = _mm256_hadd_ps(ab, cd);
+    _mm_storeu_ps(p, _mm256_castps256_ps128(sums) + _mm256_extractf128_ps(sums, 1));
+}
+#else
+BLLKERN_INLINE void store_sums(float* p, Lanes a, Lanes b, Lanes c, Lanes d) {
+    const Lanes each[] = {a, b, c, d};
+    for (int i = 0; i < 4; i++) p[i] = (each[i][0] + each[i][2]) + (each[i][1] + each[i][3]);
+}
+#endif
+
 BLLKERN_INLINE float maximum(Lanes x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
     float largest = x[0];
     for (int i = 1; i < kLanes; i++) largest = x[i] > largest ? x[i] : largest;
     return largest;
+#endif
 }
 
 // Sum of x[0..n) for n of a few thousand: eight vectors at a time as a tree, so that few roundings follow each other.

@@ -47,12 +47,11 @@ def _whole(features, weight, bias, target, settings, wanted):
     if bias is not None:
         bias = bias.contiguous()
     grad_x, grad_weight, grad_bias = wanted
-    loss = features.new_empty((), dtype=torch.float32)
     by_x = empty_like(features) if grad_x else None
     by_weight = empty_like(weight) if grad_weight else None
     by_bias = empty_like(bias) if grad_bias else None
     soft = target.dtype is torch.float32
-    _C.linear_head(
+    loss = _C.linear_head(
         features.data_ptr(),
         weight.data_ptr(),
         address(bias),
@@ -61,13 +60,12 @@ def _whole(features, weight, bias, target, settings, wanted):
         address(by_x),
         address(by_weight),
         address(by_bias),
-        loss.data_ptr(),
         *features.shape,
         len(weight),
         *settings,
         DTYPES[features.dtype],
     )
-    return loss, by_x, by_weight, by_bias
+    return torch.scalar_tensor(loss, dtype=torch.float32), by_x, by_weight, by_bias
 
 
 def _by_tiles(features, weight, bias, target, settings, wanted):
@@ -110,7 +108,7 @@ def _by_tiles(features, weight, bias, target, settings, wanted):
         if grad_bias:
             by_bias += tile.sum(0, dtype=torch.float32)
     gradients = [None if t is None else t.to(given) for t in (by_x, by_weight, by_bias)]
-    return torch.tensor(loss, dtype=torch.float32), *gradients
+    return torch.scalar_tensor(loss, dtype=torch.float32), *gradients
 
 
 def _spread(by_mean: Tensor, x: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ import os
 from contextlib import contextmanager
 
 import torch
+from torch._C import _is_tracing
+from torch.autograd import _profiler_enabled
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import _ops
@@ -96,26 +98,16 @@ def run(op: str, *args):
     Torch's dispatcher, which takes longer than a small loss itself, has a part in this only where it may have something
     to do: for a compiler, a tracer, a dispatch mode, a profiler, a subclass of Tensor, another device.
     """
-    if not _may_be_observed(args):
-        if args[0].is_cpu:
-            return _kernel(op, "cpu", args)
-        if args[0].is_cuda:
-            return _kernel(op, "cuda", args)
+    if not (torch.compiler.is_compiling() or _is_tracing() or is_in_torch_dispatch_mode() or _profiler_enabled()):
+        if _PLAIN.issuperset(map(type, args)):
+            if args[0].is_cpu:
+                return _kernel(op, "cpu", args)
+            if args[0].is_cuda:
+                return _kernel(op, "cuda", args)
     return _overloads[op](*args)
 
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, bool, int, float, str, type(None)))
-
-
-def _may_be_observed(args: tuple) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return True
-    if is_in_torch_dispatch_mode() or torch.autograd._profiler_enabled():
-        return True
-    for x in args:  # a generator would cost as much as all the rest
-        if type(x) not in _PLAIN:
-            return True
-    return False
 
 
 if "BLLKERN_BACKEND" in os.environ:
