@@ -21,7 +21,7 @@ from ._checks import (
     unified,
     upstream_times,
 )
-from .backends import run
+from .backends import run, small_linear_cross_entropy
 from .convolutional import batch_norm_relu as batch_norm_relu
 
 
@@ -161,6 +161,11 @@ def linear_cross_entropy(
     Returns: a scalar in nats.
     Raises: ``ValueError`` for shapes, values or reduction; ``TypeError`` for dtypes.
     """
+    with_gradients = needs_grad(x, weight, bias)
+    if not with_gradients:
+        loss = small_linear_cross_entropy(x, weight, bias, target, label_smoothing, reduction, ignore_index)
+        if loss is not None:
+            return loss
     x, weight, bias = unified(x=x, weight=weight, bias=bias)
     if x.dim() < 2:
         raise ValueError(f"x must have shape [N, D] or [N, D, *spatial], got {list(x.shape)}")
@@ -174,7 +179,7 @@ def linear_cross_entropy(
     target = checked_target(target, "x", x, classes)
     check_reduction(reduction, ("mean", "sum"))
     args = (target, label_smoothing, reduction, ignore_index)
-    if needs_grad(x, weight, bias):
+    if with_gradients:
         return _LinearCrossEntropy.apply(x, weight, bias, *args)
     return run("linear_cross_entropy", x, weight, bias, *args, False, False, False)[0]
 

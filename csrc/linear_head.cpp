@@ -21,38 +21,63 @@ template <class T> void to_float(const T* x, int64_t count, float* out) {
     });
 }
 
-// x as floats for the time of a call.
-template <class T> struct AsFloat : Scratch<float> {
-    AsFloat(const T* x, int64_t count) : Scratch<float>(count) { to_float(x, count, data); }
+// What the logits' products are taken of: floats or, where a vector has an instruction for it, pairs of bfloat16.
+template <class T> struct Operands {
+    using Type = float;
+    using Vector = Lanes;
+    static constexpr int64_t kWidth = kLanes;
+    BLLKERN_INLINE Vector load(const float* p, int64_t n) { return load_first(p, n, 0.f); }
+    BLLKERN_INLINE Lanes add_product(Lanes sum, Vector x, Vector y) { return sum + x * y; }
 };
-template <> struct AsFloat<float> {
-    const float* data;
-    AsFloat(const float* x, int64_t) : data(x) {}
+#if defined(__AVX512BF16__)
+template <> struct Operands<BFloat16> {
+    using Type = BFloat16;
+    using Vector = __m512i;
+    static constexpr int64_t kWidth = 2 * kLanes;
+    BLLKERN_INLINE Vector load(const BFloat16* p, int64_t n) {
+        return n < kWidth ? _mm512_maskz_loadu_epi16((1u << n) - 1, p) : _mm512_loadu_si512(p);
+    }
+    BLLKERN_INLINE Lanes add_product(Lanes sum, Vector x, Vector y) {
+        return (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+    }
+};
+#endif
+
+// x as operands for the time of a call.
+template <class T, class Operand> struct As : Scratch<float> {
+    As(const T* x, int64_t count) : Scratch<float>(count) { to_float(x, count, data); }
+};
+template <class T> struct As<T, T> {
+    const T* data;
+    As(const T* x, int64_t) : data(x) {}
 };
 
-// Features, and weights of type W: their own or, where enough rows share the work of it, what to_float makes of them.
 // error [rows, classes] holds the logits without bias, then their gradient.
-template <class T, class W> struct Head {
+template <class T> struct Head {
+    using Of = Operands<T>;
+    using W = typename Of::Type;
     const LinearHeadJob& job;
     const W* weight;
     float* error;
     const T* x = static_cast<const T*>(job.x);
 
     // logits of rows r.., which `part` holds, and classes c..: x_r . w_c
-    void logits(const float* part, int64_t r, int64_t c) const {
+    void logits(const W* part, int64_t r, int64_t c) const {
         Lanes sums[kRows][kClasses] = {};
-        const float* rows[kRows];
-        const W* classes[kClasses];
+        const W *rows[kRows], *classes[kClasses];
         for (int i = 0; i < kRows; i++) rows[i] = part + at_most(i, job.rows - 1 - r) * job.width;
         for (int j = 0; j < kClasses; j++) classes[j] = weight + at_most(c + j, job.classes - 1) * job.width;
-        each_vector(0, job.width, [&](int64_t d, int64_t n) __attribute__((always_inline)) {
-            Lanes w[kClasses];
-            for (int j = 0; j < kClasses; j++) w[j] = load_first(classes[j] + d, n, 0.f);
+        auto add = [&](int64_t d, int64_t n) __attribute__((always_inline)) {
+            typename Of::Vector w[kClasses];
+            for (int j = 0; j < kClasses; j++) w[j] = Of::load(classes[j] + d, n);
             for (int i = 0; i < kRows; i++) {
-                Lanes v = load_first(rows[i] + d, n, 0.f);
-                for (int j = 0; j < kClasses; j++) sums[i][j] += v * w[j];
+                typename Of::Vector v = Of::load(rows[i] + d, n);
+                for (int j = 0; j < kClasses; j++) sums[i][j] = Of::add_product(sums[i][j], v, w[j]);
             }
-        });
+        };
+        int64_t d = 0;
+        for (; d + Of::kWidth <= job.width; d += Of::kWidth) add(d, Of::kWidth);
+        if (d < job.width) add(d, job.width - d);
         for (int i = 0; i < kRows && r + i < job.rows; i++) {
             const Lanes* of = sums[i];
             float last[kClasses], *out = error + (r + i) * job.classes + c;
@@ -129,9 +154,11 @@ template <class T> void by_bias(const LinearHeadJob& job, const float* error) {
     });
 }
 
-template <class T, class W> double run(const LinearHeadJob& job, const W* weight) {
+template <class T> double run(const LinearHeadJob& job) {
+    using Operand = typename Operands<T>::Type;
     Scratch<float> error(job.rows * job.classes), bias(job.classes);
-    Head<T, W> head{job, weight, error.data};
+    As<T, Operand> weight(static_cast<const T*>(job.weight), job.classes * job.width);
+    Head<T> head{job, weight.data, error.data};
     if (job.bias) to_float(static_cast<const T*>(job.bias), job.classes, bias.data);
     const bool write = job.grad_x || job.grad_weight || job.grad_bias;
     const int64_t groups = (job.rows + kRows - 1) / kRows;
@@ -139,7 +166,7 @@ template <class T, class W> double run(const LinearHeadJob& job, const W* weight
 
     auto rows = [&](int64_t group) {
         const int64_t r = group * kRows, count = at_most(kRows, job.rows - r);
-        AsFloat<T> part(head.x + r * job.width, count * job.width);
+        As<T, Operand> part(head.x + r * job.width, count * job.width);
         for (int64_t c = 0; c < job.classes; c += kClasses) head.logits(part.data, r, c);
         SoftmaxErrorJob softmax = {
             error.data + r * job.classes, job.bias ? bias.data : nullptr, job.labels ? job.labels + r : nullptr,
@@ -162,17 +189,11 @@ template <class T, class W> double run(const LinearHeadJob& job, const W* weight
     return sum_in_order(losses.data, groups);
 }
 
-template <class T> double with_weights(const LinearHeadJob& job) {
-    const T* weight = static_cast<const T*>(job.weight);
-    if (job.rows < 2 * kRows) return run<T>(job, weight);
-    return run<T>(job, static_cast<const float*>(AsFloat<T>(weight, job.classes * job.width).data));
-}
-
 }  // namespace
 
 double linear_head(const LinearHeadJob& job) {
     double loss = 0;
-    with_type(job.dtype, [&](auto type) { loss = with_weights<decltype(type)>(job); });
+    with_type(job.dtype, [&](auto type) { loss = run<decltype(type)>(job); });
     return loss;
 }
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bllkern import _native, backends
 from bllkern.functional import linear_cross_entropy
 
 from checks import (
@@ -181,3 +182,60 @@ def test_errors_name_the_argument(change, error, message):
     good = dict(x=torch.zeros(2, 6), weight=torch.zeros(4, 6), bias=torch.zeros(4), target=torch.tensor([0, 3]))
     with pytest.raises(error, match=message):
         linear_cross_entropy(**good | change)
+
+
+needs_compiled = pytest.mark.skipif(_native.error is not None, reason=str(_native.error))
+
+
+@needs_compiled
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "reduction": "sum"}, {"ignore_index": 3}], ids=str)
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
+def test_one_look_gives_the_same_loss(dtype, options, with_bias):
+    """Small heads without gradients leave out the checks; with gradients every argument is checked."""
+    x, weight, bias = inputs(dtype=dtype)
+    target, bias = torch.randint(5, (7,)), bias if with_bias else None
+    settings = {"label_smoothing": 0.0, "reduction": "mean", "ignore_index": -100} | options
+    quick = backends.small_linear_cross_entropy(x, weight, bias, target, *settings.values())
+    checked = linear_cross_entropy(x.requires_grad_(), weight, bias, target, **options)
+    assert quick.dtype == torch.float32 and quick.equal(checked)
+
+
+UNUSUAL = {
+    "probabilities": {"target": torch.rand(7, 5).softmax(1)},
+    "int32": {"target": torch.zeros(7, dtype=torch.int32)},
+    "space": {"x": torch.randn(7, 13, 2)},
+    "strides": {"x": torch.randn(13, 7).T},
+    "dtypes": {"weight": torch.randn(5, 13, dtype=torch.bfloat16)},
+    "float64": {name: torch.randn(shape, dtype=torch.float64) for name, shape in [("x", (7, 13)), ("weight", (5, 13))]},
+    "width": {"weight": torch.randn(5, 12)},
+    "rows": {"target": torch.zeros(6, dtype=torch.int64)},
+    "bias": {"bias": torch.randn(4)},
+    "empty": {"x": torch.randn(0, 13), "target": torch.zeros(0, dtype=torch.int64)},
+    "smoothing": {"label_smoothing": 1.5},
+    "reduction": {"reduction": "none"},
+    "subclass": {"x": torch.randn(7, 13).as_subclass(type("Sub", (torch.Tensor,), {}))},
+    "device": {"x": torch.randn(7, 13, device="meta")},
+    "large": {"x": torch.randn(7, 30000), "weight": torch.randn(5, 30000)},
+    "none": {"x": None},
+}
+
+
+@needs_compiled
+@pytest.mark.parametrize("change", UNUSUAL)
+def test_anything_unusual_is_checked(change):
+    x, weight, bias = inputs()
+    usual = {"x": x, "weight": weight, "bias": bias, "target": torch.randint(5, (7,))}
+    settings = {"label_smoothing": 0.0, "reduction": "mean", "ignore_index": -100}
+    arguments = usual | settings
+    assert backends.small_linear_cross_entropy(*arguments.values()) is not None
+    assert backends.small_linear_cross_entropy(*(arguments | UNUSUAL[change]).values()) is None
+    with backends.backend("reference"):
+        assert backends.small_linear_cross_entropy(*arguments.values()) is None
+
+
+@needs_compiled
+def test_one_look_checks_labels():
+    x, weight, bias = inputs()
+    with pytest.raises(ValueError, match="from 0 to 4"):
+        linear_cross_entropy(x, weight, bias, torch.full((7,), 5))

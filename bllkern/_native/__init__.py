@@ -7,7 +7,7 @@ from .agreement import agreement
 from .batch_norm_relu import batch_norm_relu, batch_norm_relu_gradient
 from .evidence_cross_entropy import evidence_cross_entropy
 from .gram import decorrelation, similarity_matching
-from .linear_cross_entropy import linear_cross_entropy
+from .linear_cross_entropy import linear_cross_entropy, small_linear_cross_entropy
 from .module import _C, DTYPES, cuda_built, error
 from .prototypes import prototypes, prototypes_gradient
 
@@ -25,4 +25,5 @@ __all__ = [
     "prototypes",
     "prototypes_gradient",
     "similarity_matching",
+    "small_linear_cross_entropy",
 ]

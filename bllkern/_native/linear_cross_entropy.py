@@ -41,6 +41,13 @@ def linear_cross_entropy(
     return loss, _spread(by_x, x) if pooled and grad_x else by_x, by_weight, by_bias
 
 
+def small_linear_cross_entropy(*args) -> Tensor | None:
+    """The loss of a small head without gradients, of arguments that nobody has checked; ``None`` where one of them asks
+    for more than a look at it."""
+    loss = _C.small_head_loss(*args)
+    return None if loss is None else torch.scalar_tensor(loss, dtype=torch.float32)
+
+
 def _whole(features, weight, bias, target, settings, wanted):
     """Loss and gradients of a head on features [N, D]; target is contiguous, int64 or float32."""
     features, weight = features.contiguous(), weight.contiguous()

@@ -11,11 +11,12 @@ import os
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from torch._C import _is_tracing
 from torch.autograd import _profiler_enabled
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .. import _ops
+from .. import _native, _ops
 from . import cpu, cuda, reference, triton
 
 BACKENDS = {"reference": reference, "cpu": cpu, "cuda": cuda, "triton": triton}
@@ -98,13 +99,24 @@ def run(op: str, *args):
     Torch's dispatcher, which takes longer than a small loss itself, has a part in this only where it may have something
     to do: for a compiler, a tracer, a dispatch mode, a profiler, a subclass of Tensor, another device.
     """
-    if not (torch.compiler.is_compiling() or _is_tracing() or is_in_torch_dispatch_mode() or _profiler_enabled()):
-        if _PLAIN.issuperset(map(type, args)):
-            if args[0].is_cpu:
-                return _kernel(op, "cpu", args)
-            if args[0].is_cuda:
-                return _kernel(op, "cuda", args)
+    if not _observed() and _PLAIN.issuperset(map(type, args)):
+        if args[0].is_cpu:
+            return _kernel(op, "cpu", args)
+        if args[0].is_cuda:
+            return _kernel(op, "cuda", args)
     return _overloads[op](*args)
+
+
+def small_linear_cross_entropy(*args) -> Tensor | None:
+    """``linear_cross_entropy`` without gradients, of arguments as its caller gave them, where two calls of eager torch
+    take no longer than our checks of them: ``None`` where they have to be made, or where another backend is named."""
+    if _native.error or _named not in (None, "cpu") or _observed():
+        return None
+    return cpu.small_linear_cross_entropy(*args)
+
+
+def _observed() -> bool:
+    return torch.compiler.is_compiling() or _is_tracing() or is_in_torch_dispatch_mode() or _profiler_enabled()
 
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, bool, int, float, str, type(None)))

@@ -13,6 +13,7 @@ batch_norm_relu = _native.batch_norm_relu
 batch_norm_relu_gradient = _native.batch_norm_relu_gradient
 evidence_cross_entropy = _native.evidence_cross_entropy
 linear_cross_entropy = _native.linear_cross_entropy
+small_linear_cross_entropy = _native.small_linear_cross_entropy
 similarity_matching = _native.similarity_matching
 decorrelation = _native.decorrelation
 prototypes = _native.prototypes
