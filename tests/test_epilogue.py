@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import bllkern
-from bllkern import backends, epilogue
+from bllkern import backends
+from bllkern.execution import epilogue
 from bllkern.objectives import BLL
 
 from checks import record_calls
