@@ -6,6 +6,7 @@ from torch import nn
 
 import bllkern
 import nets
+from bllkern.cli import measure
 from bllkern.cuts import even, structure
 
 
@@ -72,15 +73,11 @@ def test_an_example_is_only_looked_at():
 
 def held_and_peak(run):
     """Bytes that ``run`` leaves allocated while what it returns lives, and the most that it held."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
         result = run()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
+    held = measure.held(profile)
     del result
-    return held, peak
+    return held[-1], max(held)
 
 
 def test_what_units_keep_is_what_a_forward_pass_holds():

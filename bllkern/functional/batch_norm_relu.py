@@ -58,8 +58,8 @@ def batch_norm_relu(
 
     ``z = F.max_pool2d(F.relu(F.batch_norm(x, ..., training=True)), max_pool, ceil_mode=ceil_mode)`` and its average
     over at most ``pool`` places a side, in one pass over x after that of the statistics.  A block-local network hands
-    on ``z.detach()``: then the gradient arrives by the features alone and takes one more pass, in which nothing as large
-    as z is made but the gradient by x.
+    on ``z.detach()``: then the gradient arrives by the features alone and takes one more pass, in which nothing as
+    large as z is made but the gradient by x.
 
     Args:
         x: the convolution's output [N, C, H, W].
