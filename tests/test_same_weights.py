@@ -1,4 +1,4 @@
-"""Every schedule ends with the same weights: model families, objectives, clipping, accumulation, and what goes around."""
+"""Every schedule ends with the same weights: kinds of models, objectives, clipping, accumulation, what goes around."""
 
 import pytest
 import torch

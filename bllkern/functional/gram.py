@@ -25,6 +25,7 @@ class _SimilarityMatching(torch.autograd.Function):
 def similarity_matching(x: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
     """Mean squared difference between the Gram matrix of the batch's features and that of its targets.
 
+    The similarity matching loss of PredSim (Nokland and Eidnes, arXiv 1901.06656), as a mean over pairs.
     ``mean((xn @ xn.T - T)**2)``, with ``xn`` the rows of x centred and scaled to length 1 (constant rows are 0), and
     ``T`` label equality for class indices, or ``yn @ yn.T`` for target rows.  No gradient reaches the target.
 

@@ -26,9 +26,9 @@ class FeedbackAlignment(EndToEnd):
     """Every linear layer sends the error back through ``B`` in the place of its own transposed weight.
 
     With ``weights="random"``, ``B`` is fixed and random, drawn as ``torch.nn`` draws weights: feedback alignment
-    (Lillicrap et al., arXiv 1411.0247).  With ``"sign"``, ``B = sign(W) * mean |W|`` of the current weight: sign-symmetric
-    feedback (Liao et al., arXiv 1510.05067, up to that scale).  A boundary stands after every ``nn.Linear`` and
-    ``nn.Conv1d/2d/3d`` of the network, wherever the cuts are; all else is differentiated as it is.
+    (Lillicrap et al., arXiv 1411.0247).  With ``"sign"``, ``B = sign(W) * mean |W|`` of the current weight:
+    sign-symmetric feedback (Liao et al., arXiv 1510.05067, up to that scale).  A boundary stands after every
+    ``nn.Linear`` and ``nn.Conv1d/2d/3d`` of the network, wherever the cuts are; all else is differentiated as it is.
     """
 
     weights: str = "random"
