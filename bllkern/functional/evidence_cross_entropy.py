@@ -42,7 +42,7 @@ def evidence_cross_entropy(
         a: natural parameters of the forward message [N, D].
         messages: natural parameters of the backward message of every class [C, D].
         target: class indices [N] (int64) or class probabilities [N, C].
-        family, reduction: as in :func:`agreement`, without ``"none"``.
+        family, reduction: as in :func:`.agreement`, without ``"none"``.
         ignore_index: rows with this class index do not count.
         log_prior: what is added to the log evidence of each class [C], for instance its log prior probability, or
             ``-A(b_c)``, which makes the classes equally likely at ``a = 0`` (and makes ``"gaussian"`` an untied linear

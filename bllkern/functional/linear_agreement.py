@@ -52,7 +52,7 @@ def linear_agreement(
     reduction: str = "mean",
     row_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A linear block and its free energy in one pass: forward message ``z`` and its :func:`agreement` with ``b``.
+    """A linear block and its free energy in one pass: forward message ``z`` and its :func:`.agreement` with ``b``.
 
     ``z = F.linear(x, weight, bias); loss = agreement(z, b, family, reduction)``, where the end of the matrix product
     also yields the loss and its gradient by z.  The gradients by x and weight are then one matrix product each.
@@ -62,7 +62,7 @@ def linear_agreement(
         weight: [D, K].  bias: [D] or ``None``.
         b: natural parameters of the backward message of every row [N, D]; it keeps its dtype, so that a message in
             float32 can meet activations in half precision.
-        family: as in :func:`agreement`; for ``gaussian_learned`` the second half of z must come out negative.
+        family: as in :func:`.agreement`; for ``gaussian_learned`` the second half of z must come out negative.
         reduction: ``"mean"`` over the N rows or ``"sum"``.
         row_weights: factors of the rows' losses [N], floats, by which nothing is differentiated; the mean is still one
             over N rows.

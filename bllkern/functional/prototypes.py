@@ -28,7 +28,7 @@ class _Prototypes(torch.autograd.Function):
 def prototypes(x: Tensor, target: Tensor, num_classes: int, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
     """Mean direction of the features of each class in the batch; BLL's released recipe trains its feedback on them.
 
-    ``prototypes[c] = mean(xn[target == c])``, with ``xn`` as in :func:`similarity_matching`.  A class without rows has
+    ``prototypes[c] = mean(xn[target == c])``, with ``xn`` as in :func:`.similarity_matching`.  A class without rows has
     count 0 and a prototype of zeros: mask by ``counts > 0`` what is learnt from prototypes.
 
     Args:
