@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from bllkern.functional import batch_norm_relu
 
-from common import DEVICES, PROVIDERS, provider
+from common import compared, provider
 
 SHAPES = [  # images, channels, height, width; side of the windows of max pooling
     ((100, 32, 32, 32), 2),
@@ -17,17 +17,11 @@ SHAPES = [  # images, channels, height, width; side of the windows of max poolin
 ]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@compared()
 @pytest.mark.parametrize("shape, window", SHAPES, ids=str)
-@pytest.mark.parametrize("which", PROVIDERS)
-def test_batch_norm_relu(bench, benchmark, which, shape, window, dtype, direction, device):
-    backward = direction == "forward+backward"
-    if which == "compile" and (dtype != "float32" or not backward) and device == "cpu":
-        pytest.skip("compiling takes longer than it tells")
-    benchmark.group = f"batch_norm_relu {list(shape)} {window} {dtype} {direction} {device}"
-    mean, variance = torch.zeros(shape[1], device=device), torch.ones(shape[1], device=device)
+def test_batch_norm_relu(bench, which, shape, window):
+    kind = {"device": bench.device}
+    mean, variance = torch.zeros(shape[1], **kind), torch.ones(shape[1], **kind)
 
     def plain(x, weight, bias):
         z = F.relu(F.batch_norm(x, mean, variance, weight, bias, training=True))
@@ -38,10 +32,9 @@ def test_batch_norm_relu(bench, benchmark, which, shape, window, dtype, directio
         return batch_norm_relu(x, weight, bias, max_pool=window)[1].square().mean()
 
     def inputs():
-        x = torch.randn(shape, device=device).to(getattr(torch, dtype))
-        return x, torch.rand(shape[1], device=device), torch.randn(shape[1], device=device)
+        return bench.randn(*shape), torch.rand(shape[1], **kind), torch.randn(shape[1], **kind)
 
     # forward: x read for the statistics and again, z written; backward: x read, its gradient written
     x_bytes = inputs()[0].nbytes
-    moved = 2 * x_bytes + x_bytes // window**2 + (2 * x_bytes if backward else 0)
-    bench(provider(which, plain, ours), inputs, backward, moved)
+    moved = 2 * x_bytes + x_bytes // window**2 + (2 * x_bytes if bench.backward else 0)
+    bench(f"batch_norm_relu {list(shape)} {window}", provider(which, plain, ours), inputs, moved)

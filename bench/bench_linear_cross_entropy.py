@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from bllkern.functional import linear_cross_entropy
 
-from common import DEVICES, PROVIDERS, provider
+from common import compared, provider
 
 SHAPES = [  # features, classes
     ((16, 64), 10),
@@ -43,24 +43,17 @@ PACKAGES = {"liger_kernel": liger, "cut_cross_entropy": cut}
 INSTALLED = [name for name in PACKAGES if find_spec(name)]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@compared(*INSTALLED)
 @pytest.mark.parametrize("shape, classes", SHAPES, ids=str)
-@pytest.mark.parametrize("which", [*PROVIDERS, *INSTALLED])
-def test_linear_cross_entropy(bench, benchmark, which, shape, classes, dtype, direction, device):
-    backward = direction == "forward+backward"
-    if which == "compile" and (dtype != "float32" or not backward) and device == "cpu":
-        pytest.skip("compiling takes longer than it tells")
-    if which in PACKAGES and (device == "cpu" or dtype == "float32" or len(shape) > 2):
+def test_linear_cross_entropy(bench, which, shape, classes):
+    if which in PACKAGES and (bench.device == "cpu" or bench.dtype == torch.float32 or len(shape) > 2):
         pytest.skip("it is compared on a GPU, in bfloat16, on features [N, D]")
-    benchmark.group = f"linear_cross_entropy {list(shape)} {classes} {dtype} {direction} {device}"
-    kind = dict(dtype=getattr(torch, dtype), device=device)
 
     def inputs():
-        x, weight = torch.randn(shape, **kind), torch.randn(classes, shape[1], **kind) / shape[1] ** 0.5
-        return x, weight, torch.randn(classes, **kind), torch.randint(classes, shape[:1], device=device)
+        weight = bench.randn(classes, shape[1]) / shape[1] ** 0.5
+        return bench.randn(*shape), weight, bench.randn(classes), bench.labels(classes, shape[0])
 
     read = sum(t.nbytes for t in inputs()[:3])
     function = PACKAGES.get(which) or provider(which, plain, linear_cross_entropy)
-    bench(function, inputs, backward, 2 * read if backward else read)
+    moved = 2 * read if bench.backward else read
+    bench(f"linear_cross_entropy {list(shape)} {classes}", function, inputs, moved)

@@ -5,9 +5,6 @@ it had on the device, and both as ratios to the resident network; ``extra_info["
 the resident one must hold.  On a CPU, which plays the device, a step is charged for the copies of the weights.
 """
 
-import time
-from statistics import median
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +12,7 @@ from torch import nn
 
 import bllkern
 
-from common import DEVICES, device_clock, peak_memory
+from common import DEVICES, in_turn, peak_memory
 
 ROUNDS = 5
 SIZES = {"cpu": (256, 16, 512), "cuda": (4096, 24, 65536)}  # width, blocks, rows of a batch
@@ -51,29 +48,11 @@ def test_offload(benchmark, device):
     torch.manual_seed(0)
     width, depth, rows = SIZES[device]
     x, y = torch.randn(rows, width, device=device), torch.randint(0, 10, (rows,), device=device)
-    now = device_clock() if device == "cuda" else time.perf_counter
-    steps, peaks, times = {}, {}, {"resident": [], "offload": []}
-    for variant in times:
+    steps, peaks = {}, {}
+    for variant in ("resident", "offload"):
         steps[variant], size = training_step(variant, width, depth, x, y)
         steps[variant]()
         peaks[variant] = peak_memory(steps[variant], device) + (size if variant == "resident" else 0)
-
-    def round_of_all():
-        for variant, step in steps.items():
-            start = now()
-            step()
-            times[variant].append(now() - start)
-
     benchmark.group = f"offload {depth} blocks of {width} units, {rows} rows, {device}"
-    benchmark.pedantic(round_of_all, rounds=ROUNDS, iterations=1, warmup_rounds=1)
-    base = median(times["resident"]), peaks["resident"]
     benchmark.extra_info["weights_and_states"] = size
-    benchmark.extra_info["variants"] = {
-        variant: {
-            "step_seconds": median(times[variant]),
-            "device_bytes": peaks[variant],
-            "time_ratio": median(times[variant]) / base[0],
-            "memory_ratio": peaks[variant] / base[1],
-        }
-        for variant in steps
-    }
+    in_turn(benchmark, steps, peaks, "resident", device, ROUNDS)

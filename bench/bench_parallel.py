@@ -1,10 +1,10 @@
 """Two ranks that share the blocks of a network, next to one process and to torch's 1F1B pipeline on the same two ranks.
 
-A stack of eight equal convolutions, micro-batch 16, four micro-batches a step, one thread a process, gloo.  The variants
-take turns, so that what else the machine does weighs on all alike; where one process works alone, the other waits.
-``extra_info`` holds the least and the median seconds of a step over the rounds, the least CPU seconds of the busier rank
-(what a step would take on cores of its own), the bytes sent in a step, and what ``bllkern plan`` predicts for each from
-blocks measured in the same rounds.
+A stack of eight equal convolutions, micro-batch 16, four micro-batches a step, one thread a process, gloo.  The
+variants take turns, so that what else the machine does weighs on all alike; where one process works alone, the other
+waits.  ``extra_info`` holds the least and the median seconds of a step over the rounds, the least CPU seconds of the
+busier rank (what a step would take on cores of its own), the bytes sent in a step, and what ``bllkern plan`` predicts
+for each from blocks measured in the same rounds.
 """
 
 import json

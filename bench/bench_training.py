@@ -5,9 +5,7 @@ round of one step each; ``extra_info["variants"]`` holds for each variant the me
 allocator in a step (beyond what the step began with), and both as ratios to backprop.
 """
 
-import time
 from functools import partial
-from statistics import median
 
 import pytest
 import torch
@@ -19,10 +17,15 @@ import bllkern
 from bllkern import models
 from bllkern.models.resnet import BasicBlock, ResNet
 
-from common import DEVICES, device_clock, peak_memory
+from common import DEVICES, in_turn, peak_memory
 
 ROUNDS = 7
-OBJECTIVES, SCHEDULES = ("bwbpf", "bll", "predsim"), ("immediate", "eager")
+LOCAL = {  # objective and schedule; what eager costs beside immediate, the gradients, is the same for every objective
+    "bwbpf": ("bwbpf", "immediate"),
+    "bll": ("bll", "immediate"),
+    "bll eager": ("bll", "eager"),
+    "predsim": ("predsim", "immediate"),
+}
 STAGES = models.default_cuts("resnet50")
 CASES = {  # network, cuts (names, or a number and what to balance), batch
     "convnet": ("convnet", models.default_cuts("convnet"), 100),
@@ -71,11 +74,9 @@ def variants(name, cuts, example):
         names = bllkern.cuts.even(build(name).to(example.device), cuts[0], (example,), cuts[1])
     yield "backprop", build(name).to(example.device)
     yield "checkpointing", checkpointed(build(name).to(example.device), names)
-    for objective in OBJECTIVES:
-        for schedule in SCHEDULES:
-            net = build(name).to(example.device)
-            converted = bllkern.convert(net, names, 10, objective, schedule, example=example[:2])
-            yield objective if schedule == "immediate" else f"{objective} {schedule}", converted
+    for variant, options in LOCAL.items():
+        net = build(name).to(example.device)
+        yield variant, bllkern.convert(net, names, 10, *options, example=example[:2])
 
 
 def training_step(net, x, y):
@@ -111,24 +112,5 @@ def test_training(benchmark, case, device):
     x, y = batch(size, device)
     steps = {variant: training_step(net, x, y) for variant, net in variants(name, cuts, x)}
     peaks = {variant: peak_of_step(step, device) for variant, step in steps.items()}
-    times = {variant: [] for variant in steps}
-    now = device_clock() if device == "cuda" else time.perf_counter
-
-    def round_of_all():
-        for variant, step in steps.items():
-            start = now()
-            step()
-            times[variant].append(now() - start)
-
     benchmark.group = f"training {case} batch {size} {device}"
-    benchmark.pedantic(round_of_all, rounds=ROUNDS, iterations=1)
-    base = median(times["backprop"]), peaks["backprop"]
-    benchmark.extra_info["variants"] = {
-        variant: {
-            "step_seconds": median(times[variant]),
-            "peak_memory_bytes": peaks[variant],
-            "time_ratio": median(times[variant]) / base[0],
-            "memory_ratio": peaks[variant] / base[1],
-        }
-        for variant in steps
-    }
+    in_turn(benchmark, steps, peaks, "backprop", device, ROUNDS)

@@ -1,8 +1,9 @@
 """One set-up for all benchmarks: the same inputs for every provider, what a step is, and what is reported about it.
 
-A benchmark names its plain-torch formula and the library's function; ``providers`` makes of them eager torch,
+A benchmark names its plain-torch formula and the library's function; ``provider`` makes of them eager torch,
 ``torch.compile`` and ours.  ``Bench`` (the fixture ``bench``) times one of them, and puts peak memory, bytes moved and
-the fraction of the copy bandwidth measured in the same run into ``extra_info``.
+the fraction of the copy bandwidth measured in the same run into ``extra_info``.  Of whole networks, ``in_turn`` times a
+step each.
 """
 
 from __future__ import annotations
@@ -10,18 +11,44 @@ from __future__ import annotations
 import functools
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from typing import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from bllkern.cli import measure
+
 PROVIDERS = ("eager", "compile", "bllkern")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DIRECTIONS = ("forward", "forward+backward")
+DTYPES = ("float32", "bfloat16")
 SECONDS = 0.4  # to spend on one benchmark, roughly
 COLD_BYTES = 256 << 20  # inputs rotate on a GPU until they are more than its caches hold
+
+
+def compared(*more: str) -> Callable:
+    """Parametrize a benchmark by device, direction, dtype and provider, with ``more`` providers than the usual ones.
+
+    Providers vary fastest, so that those of one case run one after the other.
+    """
+
+    def parametrized(test: Callable) -> Callable:
+        ranges = {"device": DEVICES, "direction": DIRECTIONS, "dtype": DTYPES, "which": (*PROVIDERS, *more)}
+        for name, values in ranges.items():
+            test = pytest.mark.parametrize(name, values)(test)
+        return test
+
+    return parametrized
+
+
+def skip_reason(device: str, direction: str, dtype: str, which: str) -> str | None:
+    """Why a combination of :func:`compared` is not worth its time, if it is not."""
+    if which == "compile" and (direction == "forward" or device == "cpu" and dtype != "float32"):
+        return "compiling takes longer than it tells"
+    return None
 
 
 def provider(name: str, plain: Callable, ours: Callable) -> Callable:
@@ -54,36 +81,57 @@ def peak_memory(run: Callable[[], None], device: str) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
         run()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
+    return max(measure.held(profile))
 
 
 def copy_bandwidth(device: str) -> float:
     """Bytes per second, read plus written, of a copy that no cache holds."""
     source = torch.randn(1 << 25, device=device)
     target = torch.empty_like(source)
-    seconds = _seconds(lambda: target.copy_(source), device)
-    return 2 * source.nbytes / median(seconds(rounds=10))
+    return 2 * source.nbytes / median(seconds(lambda: target.copy_(source), device, rounds=10))
 
 
-def _seconds(run: Callable[[], None], device: str) -> Callable[[int], list[float]]:
-    now = device_clock() if device == "cuda" else time.perf_counter
+def seconds(run: Callable[[], None], device: str, rounds: int) -> list[float]:
+    """What each of so many runs takes, after one that does not count."""
+    now, results = clock(device), []
+    for _ in range(rounds + 1):
+        start = now()
+        run()
+        results.append(now() - start)
+    return results[1:]
 
-    def timed(rounds):
-        results = []
-        for _ in range(rounds + 2):
+
+def in_turn(benchmark, steps: dict[str, Callable], peaks: dict[str, int], base: str, device: str, rounds: int) -> None:
+    """Time rounds of one step of each variant, so that what else the machine does weighs on all alike.
+
+    ``extra_info["variants"]`` gets the median seconds and the ``peaks``, and both as ratios to the variant ``base``.
+    """
+    times, now = {variant: [] for variant in steps}, clock(device)
+
+    def round_of_all():
+        for variant, step in steps.items():
             start = now()
-            run()
-            results.append(now() - start)
-        return results[2:]
+            step()
+            times[variant].append(now() - start)
 
-    return timed
+    benchmark.pedantic(round_of_all, rounds=rounds, iterations=1)
+    medians = {variant: median(measured) for variant, measured in times.items()}
+    benchmark.extra_info["variants"] = {
+        variant: {
+            "step_seconds": medians[variant],
+            "peak_memory_bytes": peaks[variant],
+            "time_ratio": medians[variant] / medians[base],
+            "memory_ratio": peaks[variant] / peaks[base],
+        }
+        for variant in steps
+    }
+
+
+def clock(device: str) -> Callable[[], float]:
+    """Seconds, on a GPU by its own clock."""
+    return device_clock() if device == "cuda" else time.perf_counter
 
 
 def device_clock() -> Callable[[], float]:
@@ -126,29 +174,46 @@ def _captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 @dataclass
 class Bench:
+    """One combination of :func:`compared`, to be called with what is measured."""
+
     benchmark: Callable
     bandwidth: Callable[[str], float]
+    device: str
+    direction: str
+    dtype: torch.dtype
+
+    @property
+    def backward(self) -> bool:
+        return self.direction == "forward+backward"
+
+    def randn(self, *shape: int) -> Tensor:
+        """Normal numbers, drawn in float32."""
+        return torch.randn(shape, device=self.device).to(self.dtype)
+
+    def labels(self, classes: int, rows: int) -> Tensor:
+        return torch.randint(classes, (rows,), device=self.device)
 
     def __call__(
-        self, function: Callable, make_inputs: Callable[[], tuple[Tensor, ...]], backward: bool, bytes_moved: int
+        self, case: str, function: Callable, make_inputs: Callable[[], tuple[Tensor, ...]], bytes_moved: int
     ) -> None:
         """Time ``function`` on inputs that ``make_inputs`` draws; ``bytes_moved`` is the least a step can move."""
+        device, dtype = self.device, str(self.dtype).removeprefix("torch.")
+        self.benchmark.group = f"{case} {dtype} {self.direction} {device}"
         inputs = make_inputs()
-        device = inputs[0].device.type
-        run = step(function, inputs, backward)
+        run = step(function, inputs, self.backward)
         run()
-        peak = peak_memory(step(function, inputs, backward), device)  # a fresh step has no gradients to free
+        peak = peak_memory(step(function, inputs, self.backward), device)  # a fresh step has no gradients to free
         iterations = 1
         if device == "cuda":
             iterations = max(2, COLD_BYTES // sum(x.nbytes for x in inputs) + 1) if bytes_moved >= 1 << 20 else 2
             sets = [inputs] + [make_inputs() for _ in range(iterations - 1)]
-            run = Rotation([step(function, each, backward) for each in sets])
+            run = Rotation([step(function, each, self.backward) for each in sets])
             self.benchmark._timer = device_clock()
-        once = median(_seconds(run, device)(rounds=3))
+        once = seconds(run, device, rounds=1)[0]
         if device == "cpu":
             iterations = max(1, min(1000, int(1e-3 / once)))
         rounds = max(5, min(200, int(SECONDS / (once * iterations))))
-        self.benchmark.pedantic(run, rounds=rounds, iterations=iterations, warmup_rounds=1)
+        self.benchmark.pedantic(run, rounds=rounds, iterations=iterations)
         self._report(device, peak, bytes_moved)
 
     def _report(self, device: str, peak: int, bytes_moved: int) -> None:

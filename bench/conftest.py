@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from common import Bench, copy_bandwidth  # noqa: E402
+from common import Bench, copy_bandwidth, skip_reason  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
@@ -26,6 +26,9 @@ def bandwidth():
 
 
 @pytest.fixture
-def bench(benchmark, bandwidth):
+def bench(benchmark, bandwidth, device, direction, dtype, which):
+    reason = skip_reason(device, direction, dtype, which)
+    if reason:
+        pytest.skip(reason)
     torch.manual_seed(0)
-    return Bench(benchmark, bandwidth)
+    return Bench(benchmark, bandwidth, device, direction, getattr(torch, dtype))

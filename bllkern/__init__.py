@@ -15,8 +15,7 @@ from .convert import convert, unwrap
 from .execution.capture import capture
 from .execution.streams import serial
 from .execution.targets import targets
-from .isolation import assert_isolated
-from .network import local_loss, local_losses, optimizers
+from .network import assert_isolated, local_loss, local_losses, optimizers
 
 __version__ = "0.1.0"
 __all__ = [

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import epilogue, objectives
-from .execution import schedules, sizing, streams
+from . import objectives
+from .execution import epilogue, schedules, sizing, streams
 from .execution.offload import Offload
 from .execution.targets import current
 from .objectives.terms import LocalLoss, total
@@ -35,8 +35,8 @@ class Boundary(nn.Module):
 
     ``forward(z, block, args, kwargs)`` takes the activation and how it was computed, ``block(*args, **kwargs)``, which
     denoising runs again; and what is ``known`` already: terms of the loss (:meth:`linear`), or the pooled ``features``
-    (:mod:`bllkern.epilogue`).  Raises ``RuntimeError`` in training outside of :func:`bllkern.targets`, ``ValueError``
-    for targets that do not fit, ``FloatingPointError`` for a local loss that is not finite (on the CPU).
+    (:mod:`bllkern.execution.epilogue`).  Raises ``RuntimeError`` in training outside of :func:`bllkern.targets`,
+    ``ValueError`` for targets that do not fit, ``FloatingPointError`` for a local loss that is not finite (on the CPU).
     """
 
     def __init__(

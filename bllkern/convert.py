@@ -15,9 +15,10 @@ from types import MethodType
 
 from torch import Tensor, nn
 
-from . import cuts as cuts_module
-from . import cuts_file, objectives
+from . import objectives
 from .blocks import BlockLocal, Boundary
+from .cuts import channel_dim, even
+from .cuts import file as cuts_file
 from .execution import guard, sizing, streams
 from .execution import offload as offloading
 from .network import boundaries
@@ -69,13 +70,13 @@ def convert(
     options = objectives.get(objective)
     if balance is not None and not isinstance(cuts, int):
         raise ValueError(f"balance is for a number of blocks, got balance={balance!r} with the names of cuts")
-    names = cuts_module.even(net, cuts, inputs, balance or "flops") if isinstance(cuts, int) else list(cuts)
+    names = even(net, cuts, inputs, balance or "flops") if isinstance(cuts, int) else list(cuts)
     _check_names(net, names)
     names = options.places(net, names)
     _check_names(net, names)
 
     def end_block(name: str, module: nn.Module) -> nn.Module:
-        block = BlockLocal(module, target_features, options, schedule, channel_dim=cuts_module.channel_dim(module))
+        block = BlockLocal(module, target_features, options, schedule, channel_dim=channel_dim(module))
         block.local.name = name
         if isinstance(options, objectives.FeedbackAlignment):
             block.local.objective.match(module)

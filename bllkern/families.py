@@ -2,8 +2,9 @@
 
 A family has a sufficient statistic ``T(z)``, a base measure ``h(z)``, the log-partition ``A`` with mean map
 ``mean = grad A``, and ``A2``/``mean2``: the same under the squared base measure ``h**2`` (``A2 = A`` where ``h`` is
-constant).  BLL (arXiv 2305.14974) reads the activation of a block as natural parameters ``a`` of its forward message and
-the feedback as natural parameters ``b`` of its backward message; the posterior of both has natural parameters ``a + b``.
+constant).  BLL (arXiv 2305.14974) reads the activation of a block as natural parameters ``a`` of its forward message
+and the feedback as natural parameters ``b`` of its backward message; the posterior of both has natural parameters
+``a + b``.
 
 Everything here is plain torch.  Parameters have shape [..., D]; log-partitions, agreement and evidence are summed over
 the latent units of the last dimension and have shape [...]; means have shape [..., D].
@@ -62,7 +63,7 @@ class Family:
         return (self.unit_A(a) + self.unit_A(b) - self.unit_A2(a + b)).sum(-1)
 
     def evidence(self, a: Tensor, b: Tensor) -> Tensor:
-        """``log E[exp(T(z) . b)]`` under the density with parameters a, ``A(a + b) - A(a)``; a and b broadcast: [...]."""
+        """``log E[exp(T(z) . b)]`` under the density of a, ``A(a + b) - A(a)``: [...]; a and b broadcast."""
         return (self.unit_A(a + b) - self.unit_A(a)).sum(-1)
 
     def natural(self, z: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+import bllkern
 from bllkern.models.gpt import GPT
 from bllkern.models.resnet import BasicBlock, ResNet
 from bllkern.models.transformer import Transformer
@@ -60,6 +61,22 @@ def build(name):
         net = GPT(CLASSES, (6,), width=16, heads=2, depth=3)
         return net, ["transformer.h.0", "transformer.h.1"], tokens, targets
     return Transformer(CLASSES, 6, width=16, heads=2, depth=3), ["layers.0", "layers.1"], tokens, targets
+
+
+def train(net, x, y, steps, momentum=0.0, **given):
+    """The local losses of every step, whatever the schedule; ``given`` goes to ``bllkern.targets``."""
+    optimizers = bllkern.optimizers(net, lambda params: torch.optim.SGD(params, lr=0.1, momentum=momentum))
+    losses = []
+    for _ in range(steps):
+        optimizers.zero_grad()
+        with bllkern.targets(y, **given):
+            loss = net(x).square().mean()
+        if net[0].local.schedule == "deferred":
+            loss = loss + bllkern.local_loss(net)
+        loss.backward()
+        optimizers.step()
+        losses += [loss.clone() for loss in bllkern.local_losses(net).values()]
+    return losses
 
 
 def cross_entropy(output, y):

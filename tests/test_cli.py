@@ -19,15 +19,8 @@ import bllkern
 from bllkern import models
 from bllkern.cli import checkpoint, data, loop, main, measure, presets
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = ["--train-size", "60", "--test-size", "40", "--batch-size", "20", "--epochs", "3"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _train(*arguments, output=None):

@@ -6,26 +6,27 @@ from torch import nn
 
 import bllkern
 import nets
-from bllkern import cuts
+from bllkern.cli import measure
+from bllkern.cuts import even, structure
 
 
 def test_trunk_opens_containers_but_not_residual_blocks():
     net = nets.build("resnet")[0]
     stem = ["conv1", "bn1", "relu", "maxpool"]
-    assert cuts.trunk(net) == [*stem, "layer1.0", "layer2.0", "layer2.1", "layer3.0", "avgpool", "fc"]
-    assert cuts.groups(net)[0] == stem and cuts.groups(net)[-2] == ["layer3.0", "avgpool"]
+    assert structure.trunk(net) == [*stem, "layer1.0", "layer2.0", "layer2.1", "layer3.0", "avgpool", "fc"]
+    assert structure.groups(net)[0] == stem and structure.groups(net)[-2] == ["layer3.0", "avgpool"]
     transformer = nets.build("transformer")[0]
-    assert cuts.trunk(transformer) == ["embedding", "layers.0", "layers.1", "layers.2", "norm", "head"]
+    assert structure.trunk(transformer) == ["embedding", "layers.0", "layers.1", "layers.2", "norm", "head"]
 
 
 def test_blocks_of_similar_cost():
     widths = [4, 64, 64, 4, 4, 4, 4]
     layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in zip(widths, widths[1:], strict=False)]
     net = nn.Sequential(*layers)
-    assert cuts.even(net, 2) == ["2.1"]
-    assert cuts.even(net, 3, (torch.randn(3, 4),)) == ["0.1", "1.1"]
-    assert cuts.even(net, 6) == ["0.1", "1.1", "2.1", "3.1", "4.1"]
-    assert cuts.even(net, 1) == []
+    assert even(net, 2) == ["2.1"]
+    assert even(net, 3, (torch.randn(3, 4),)) == ["0.1", "1.1"]
+    assert even(net, 6) == ["0.1", "1.1", "2.1", "3.1", "4.1"]
+    assert even(net, 1) == []
 
 
 class Branches(nn.Module):
@@ -53,10 +54,10 @@ class Branched(nn.Module):
 
 def test_with_an_example_no_cut_lies_inside_a_branch():
     net, x = Branched(), torch.randn(6, 8)
-    assert cuts.even(net, 4)[1].startswith("body.left")  # what the names alone suggest
-    assert cuts.even(net, 2, (x,)) == ["stem"]
+    assert even(net, 4)[1].startswith("body.left")  # what the names alone suggest
+    assert even(net, 2, (x,)) == ["stem"]
     with pytest.raises(ValueError, match="from 1 to 2, the layers in a row, got 3"):
-        cuts.even(net, 3, (x,))
+        even(net, 3, (x,))
     bllkern.assert_isolated(bllkern.convert(net, 2, 5, example=x), x, torch.randint(0, 5, (6,)))
 
 
@@ -64,7 +65,7 @@ def test_an_example_is_only_looked_at():
     net, _, x, _ = nets.build("convnet")
     state = {key: value.clone() for key, value in net.state_dict().items()}
     net[0].eval()
-    cuts.even(net, 3, (x,), "memory")
+    even(net, 3, (x,), "memory")
     assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
     assert [m.training for m in net] == [False, True, True, True] and all(p.grad is None for p in net.parameters())
     assert not any(module._forward_hooks for module in net.modules())
@@ -72,15 +73,11 @@ def test_an_example_is_only_looked_at():
 
 def held_and_peak(run):
     """Bytes that ``run`` leaves allocated while what it returns lives, and the most that it held."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
         result = run()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
+    held = measure.held(profile)
     del result
-    return held, peak
+    return held[-1], max(held)
 
 
 def test_what_units_keep_is_what_a_forward_pass_holds():
@@ -88,7 +85,7 @@ def test_what_units_keep_is_what_a_forward_pass_holds():
         nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 144, 5)
     )
     x = torch.randn(4, 3, 16, 16)
-    units = cuts._Trace(net, cuts.groups(net), (x,)).units
+    units = structure._Trace(net, structure.groups(net), (x,)).units
     kept = {}
     for unit in units:
         kept |= unit.saved

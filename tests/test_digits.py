@@ -7,7 +7,7 @@ from bllkern import models
 from bllkern.cli.data import load
 from bllkern.cli.loop import Recipe, Training
 
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = {
     "bernoulli": {},
     "categorical:8": {"feedback": "chained"},
@@ -15,14 +15,6 @@ OPTIONS = {
     "gaussian_learned": {},
     "poisson": {"feedback": "chained", "agreement": 0.01},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("family", OPTIONS)

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import bllkern
-from bllkern import backends, epilogue
+import nets
+from bllkern import backends
+from bllkern.execution import epilogue
 from bllkern.objectives import BLL
 
 from checks import record_calls
@@ -32,28 +34,13 @@ def blocks(*ends):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, CLASSES))
 
 
-def train(net, x, y=Y, steps=2):
-    optimizers = bllkern.optimizers(net, lambda params: torch.optim.SGD(params, lr=0.1))
-    losses = []
-    for _ in range(steps):
-        optimizers.zero_grad()
-        with bllkern.targets(y):
-            loss = net(x).square().mean()
-        if net[0].local.schedule == "deferred":
-            loss = loss + bllkern.local_loss(net)
-        loss.backward()
-        optimizers.step()
-        losses += [loss.clone() for loss in bllkern.local_losses(net).values()]
-    return losses
-
-
 def compare(net, x, monkeypatch, objective="bll", schedule="eager"):
     cuts = [str(i) for i in range(len(net) - 3)]
     one = bllkern.convert(net, cuts, CLASSES, objective, schedule, example=x)
     other = copy.deepcopy(one)
-    losses = train(one, x)
+    losses = nets.train(one, x, Y, 2)
     monkeypatch.setattr(epilogue, "of", lambda module: None)
-    for loss, expected in zip(losses, train(other, x), strict=True):
+    for loss, expected in zip(losses, nets.train(other, x, Y, 2), strict=True):
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     for (name, value), expected in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
@@ -86,7 +73,7 @@ def test_eval_is_the_plain_network(fused):
     x = torch.randn(12, 3, 17, 14)
     plain = blocks(*ENDS)
     net = bllkern.convert(plain, ["0", "1", "2"], CLASSES, example=x)
-    train(net, x)
+    nets.train(net, x, Y, 2)
     calls = len(fused)
     assert torch.equal(net.eval()(x), bllkern.unwrap(net)(x)) and len(fused) == calls
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bllkern
+import nets
 from bllkern import functional
 from bllkern.objectives import BLL
 
@@ -30,31 +31,21 @@ def pair(objective, dtype, x, schedule="eager", chained=False):
     fused = nn.Sequential(
         *(bllkern.BlockLocalLinear(layer.in_features, 8, **options) for layer in layers), copy.deepcopy(separate[2])
     )
-    nets = [net.to(dtype) for net in (fused, separate)]
+    both = [net.to(dtype) for net in (fused, separate)]
     if chained:
-        nets = [bllkern.convert(net, [], CLASSES) for net in nets]
-    fused, separate = nets
+        both = [bllkern.convert(net, [], CLASSES) for net in both]
+    fused, separate = both
     with torch.no_grad(), bllkern.targets(torch.zeros(len(x), dtype=torch.int64)):
-        for net in nets:
+        for net in both:
             bllkern.execution.sizing.size(net, x)
     state = separate.state_dict()
     fused.load_state_dict({name.replace(".module.", "."): value for name, value in state.items()})
     return fused, separate
 
 
-def train(net, x, y, ignore_index=-100, scale=1.0, steps=3):
+def train(net, x, y, **given):
     """Local losses and parameters after some steps of whatever schedule."""
-    optimizers = bllkern.optimizers(net, lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9))
-    losses = []
-    for _ in range(steps):
-        optimizers.zero_grad()
-        with bllkern.targets(y, ignore_index=ignore_index, scale=scale):
-            loss = net(x).square().mean()
-        if net[0].local.schedule == "deferred":
-            loss = loss + bllkern.local_loss(net)
-        loss.backward()
-        optimizers.step()
-        losses += [loss.clone() for loss in bllkern.local_losses(net).values()]
+    losses = nets.train(net, x, y, 3, momentum=0.9, **given)
     return losses, {name.replace(".module.", "."): p.detach() for name, p in net.named_parameters()}
 
 

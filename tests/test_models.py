@@ -8,7 +8,7 @@ import torch
 from bllkern import models
 
 TOKEN_MODELS = ["gpt", "transformer"]
-TORCHVISION = {  # keys and shapes of torchvision 0.28: sha256 of the lines "key shape" of each state_dict, 16 digits of it
+TORCHVISION = {  # keys and shapes of torchvision 0.28: 16 digits of the sha256 of a state_dict's lines "key shape"
     "resnet18": "66b04efc1dfd4b80",
     "resnet34": "4aa3e2bbbdc5e2fd",
     "resnet50": "614cd53ddf849669",

@@ -1,4 +1,4 @@
-"""The compiled kernels of linear heads, Gram matrices and prototypes: instruction sets, threads, tiles, repeatability."""
+"""The compiled kernels of linear heads, Gram matrices, prototypes: instruction sets, threads, tiles, repeatability."""
 
 import importlib
 

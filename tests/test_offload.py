@@ -12,6 +12,7 @@ from torch.autograd.profiler import profile
 
 import bllkern
 import nets
+from bllkern.cli import measure
 from bllkern.execution import streams
 from stream_order import Recorder, races
 
@@ -89,9 +90,7 @@ def peak(run):
     """Bytes that torch's allocator holds at most during ``run``, beyond those it holds before."""
     with profile(profile_memory=True) as events:
         run()
-    memory = [event for event in events.kineto_results.events() if event.name() == "[memory]"]
-    memory.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate(event.nbytes() for event in memory))
+    return max(measure.held(events))
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -97,7 +97,8 @@ CASES = [
     Case("prototypes", "prototypes", lambda x: weighted_prototypes(x, LABELS), ((7, 5),)),
 ]
 CASES.append(Case("batch_norm_relu", "batch_norm_relu", weighted_features, ((3, 4, 5, 6), (4,), (4,))))
-LOSSES = [case for case in CASES if case.op not in ("prototypes", "batch_norm_relu")]  # ops that return a loss with its gradients
+# ops that return a loss with its gradients
+LOSSES = [case for case in CASES if case.op not in ("prototypes", "batch_norm_relu")]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 

@@ -1,4 +1,4 @@
-"""Every schedule ends with the same weights: model families, objectives, clipping, accumulation, and what goes around."""
+"""Every schedule ends with the same weights: kinds of models, objectives, clipping, accumulation, what goes around."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from torch import nn
 import bllkern
 import nets
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 20
 EVERY_TERM_ON = ("mlp", "resnet", "gpt")
 OBJECTIVES = {
@@ -15,17 +16,6 @@ OBJECTIVES = {
     "bwbpf": "bwbpf",
     "predsim": "predsim",
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These networks are too small for two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 PAIRS = [
     (model, objective)
     for model in nets.NAMES

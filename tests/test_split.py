@@ -12,10 +12,12 @@ import pytest
 import torch
 
 import bllkern
-from bllkern import cuts_file, models, objectives, search
+from bllkern import models, objectives
 from bllkern.cli import data, loop, main, measure, split
+from bllkern.cuts import file as cuts_file
+from bllkern.cuts import search
+from bllkern.cuts.search import Candidate
 from bllkern.objectives import BLL, BWBPF
-from bllkern.search import Candidate
 
 GOOD = {
     "format": "bllkern cuts 1",
@@ -125,13 +127,13 @@ def test_train_takes_a_file(tmp_path):
 
 
 def test_places_know_their_heads():
-    assert search.places(convnet(), BLL(), EXAMPLE) == {
+    assert split.places_of(convnet(), BLL(), EXAMPLE) == {
         "layer1.3": ["linear", "mlp", "conv"],
         "layer2.3": ["linear", "mlp", "conv"],
         "layer3.3": ["linear", "mlp", "conv"],
         "flatten": ["linear", "mlp"],
     }
-    bootstrapped = search.places(convnet(), BLL(bootstrapping=True), EXAMPLE)
+    bootstrapped = split.places_of(convnet(), BLL(bootstrapping=True), EXAMPLE)
     assert set(map(tuple, bootstrapped.values())) == {("linear",)}
 
 

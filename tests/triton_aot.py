@@ -24,7 +24,9 @@ _CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin
 
 
 def compile_kernel(kernel, types: dict, constants: dict, architecture: int, num_warps: int):
-    """What the compiler made of ``kernel``, by stage (``"ptx"``, ``"cubin"``), with pointers aligned to 16 bytes, as torch allocates them.
+    """What the compiler made of ``kernel``, by stage (``"ptx"``, ``"cubin"``).
+
+    Pointers are aligned to 16 bytes, as torch allocates them.
 
     Args:
         types: of the arguments that are no constants, such as ``"*bf16"`` or ``"i32"``.

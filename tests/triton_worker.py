@@ -51,9 +51,9 @@ def run(op: str, *args):
 
 
 def _repair_interpreter() -> None:
-    """Three defects: before triton 3.7 loop bounds are made by ``int`` from arrays [1], which numpy 2.4 refuses; and all
-    versions cut float32 off to bfloat16, where GPUs round to nearest even, and multiply matrices of bfloat16 by the
-    integers that stand for them."""
+    """Three defects: before triton 3.7 loop bounds are made by ``int`` from arrays [1], which numpy 2.4 refuses; and
+    all versions cut float32 off to bfloat16, where GPUs round to nearest even, and multiply matrices of bfloat16 by
+    the integers that stand for them."""
     import triton.language as tl
     from triton.runtime import interpreter
 

@@ -67,8 +67,8 @@ def _by_tiles(x, xn, yn, labels, ignore_index, scale, grad_x):
 def _by_features(x, xn, labels, ignore_index, scale, grad_x):
     """The same by ``S = xn.T @ xn``; ``None`` where that would cancel.
 
-    ``|xn @ xn.T|**2 = |S|**2`` and ``(xn @ xn.T) @ xn = xn @ S``.  With sums s_c of the n_c rows of class c, equality T has
-    ``<xn @ xn.T, T> = sum(|s_c|**2)``, ``|T|**2 = sum(n_c**2)`` and ``(T @ xn)[i] = s_label[i]``.  The diagonal of
+    ``|xn @ xn.T|**2 = |S|**2`` and ``(xn @ xn.T) @ xn = xn @ S``.  With sums s_c of the n_c rows of class c, equality T
+    has ``<xn @ xn.T, T> = sum(|s_c|**2)``, ``|T|**2 = sum(n_c**2)`` and ``(T @ xn)[i] = s_label[i]``.  The diagonal of
     ``xn @ xn.T`` is 1 or (rows without direction) 0, and what it adds to the gradient is lost in the normalisation.
     """
     moments = xn.T @ xn

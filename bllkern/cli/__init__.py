@@ -9,7 +9,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-from .. import cuts_file, models, objectives
+from .. import models, objectives
+from ..cuts import file as cuts_file
 from ..execution.schedules import SCHEDULES
 from . import block_parallel, compare, info, plan, published, reproduce, split, train
 from .data import AUGMENTATIONS, DATASETS

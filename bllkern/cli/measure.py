@@ -87,12 +87,20 @@ class PeakMemory:
             self.bytes = self._replay()
 
     def _replay(self) -> int:
-        """Add up the allocations and releases of the last step in the order in which they happened."""
-        events = self._profile.kineto_results.events()
-        start = max(event.start_ns() for event in events if event.name() == _MARK)
-        memory = [event for event in events if event.name() == "[memory]" and event.start_ns() >= start]
-        memory.sort(key=lambda event: event.start_ns())
-        return max(itertools.accumulate((event.nbytes() for event in memory), initial=0))
+        marks = (event for event in self._profile.kineto_results.events() if event.name() == _MARK)
+        return max(held(self._profile, since=max(mark.start_ns() for mark in marks)))
+
+
+def held(profile: torch.autograd.profiler.profile, since: int = 0) -> list[int]:
+    """Bytes that torch's allocator holds after each allocation and release, in the order in which they happened.
+
+    Args: profile: one that has ended, with ``profile_memory=True``.  since: nanoseconds; what happened before, of which
+    the profiler may not know all, does not count.
+    Returns: at least one number, the first of which is 0.
+    """
+    memory = [e for e in profile.kineto_results.events() if e.name() == "[memory]" and e.start_ns() >= since]
+    memory.sort(key=lambda event: event.start_ns())
+    return list(itertools.accumulate((event.nbytes() for event in memory), initial=0))
 
 
 def human_bytes(number: int) -> str:

@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 import bllkern
 
-from .. import cuts as cuts_module
-from .. import cuts_file, search
-from ..cuts_file import CutsFile
-from ..search import Candidate
+from ..cuts import balance, search
+from ..cuts import file as cuts_file
+from ..cuts.file import CutsFile
+from ..cuts.search import Candidate
+from ..objectives import Objective
 from .checkpoint import write_json
 from .data import Dataset, hold_out
 from .errors import UserError, user_errors
@@ -38,10 +39,10 @@ def run(args: argparse.Namespace) -> int:
     objective = _objective(recipe)
     net = build(recipe, data)
     example = data.train_x[:2]
-    places = search.places(net, objective, example)
+    places = places_of(net, objective, example)
     with user_errors("--blocks"):
         candidates = search.sample(places, recipe.cuts, args.candidates, args.seed)
-        evens = {BY_LAYERS: cuts_module.even(net, recipe.cuts), BY_COST: cuts_module.even(net, recipe.cuts, (example,))}
+        evens = {BY_LAYERS: balance.even(net, recipe.cuts), BY_COST: balance.even(net, recipe.cuts, (example,))}
     rows = {name: Candidate(tuple(cuts), objective.head, objective.pool) for name, cuts in evens.items()}
     if shallow is not None:
         source = build(dataclasses.replace(recipe, model=shallow.model), data)
@@ -65,6 +66,19 @@ def run(args: argparse.Namespace) -> int:
     write_json(Path(args.output), file.content())
     print("\n".join([_table(report), "", *_verdicts(report).values(), f"\n{args.output}: take it with --cuts"]))
     return 0
+
+
+def places_of(net: nn.Module, objective: Objective, example: torch.Tensor) -> dict[str, list[str]]:
+    """Modules of ``net`` after which a block can end, each with the heads that ``objective`` takes there."""
+
+    def takes(cut: str, head: str) -> bool:
+        try:
+            bllkern.convert(net, [cut], 2, dataclasses.replace(objective, head=head), example=example)
+        except ValueError:  # a convolution where there is no map; a head that does not go with another option
+            return False
+        return True
+
+    return search.places(net, example, takes)
 
 
 def _shallow(args: argparse.Namespace) -> CutsFile | None:

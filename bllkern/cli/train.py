@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 import bllkern
 
-from .. import cuts_file, models
+from .. import models
+from ..cuts import file as cuts_file
 from . import checkpoint
 from .data import Dataset, load
 from .errors import UserError, user_errors

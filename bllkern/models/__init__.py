@@ -21,8 +21,8 @@ from .vit import VisionTransformer as vit
 class Model:
     """How to build a network, and the modules after which it is cut; what follows the last cut is the output block.
 
-    ``rank`` is the number of dimensions of one input: 3 for images, 1 for tokens, ``None`` for any.  ``stages`` holds the
-    number of residual units of each stage ``layer1`` .., where there are any.
+    ``rank`` is the number of dimensions of one input: 3 for images, 1 for tokens, ``None`` for any.  ``stages`` holds
+    the number of residual units of each stage ``layer1`` .., where there are any.
     """
 
     build: Callable[..., nn.Module]
@@ -77,9 +77,9 @@ def build(name: str, num_classes: int, in_shape: Sequence[int]) -> nn.Module:
 def default_cuts(name: str, blocks: int | None = None) -> list[str]:
     """The modules of network ``name`` after which block-local training puts a boundary.
 
-    With ``blocks``, the cuts into so many blocks, each with an output of its own: the ends of the stages, and the stages
-    of residual networks in parts of similar length, more of them where a stage is longer.  So 4, 8, 12 and 16 outputs
-    are those of BWBPF (arXiv 2312.13311), where the network has as many residual units (ResNet-18 has 8).
+    With ``blocks``, the cuts into so many blocks, each with an output of its own: the ends of the stages, and the
+    stages of residual networks in parts of similar length, more of them where a stage is longer.  So 4, 8, 12 and 16
+    outputs are those of BWBPF (arXiv 2312.13311), where the network has as many residual units (ResNet-18 has 8).
 
     Raises: ``ValueError`` for another name, or a number of blocks that the network cannot be cut into so.
     """

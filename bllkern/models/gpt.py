@@ -1,7 +1,7 @@
 """A GPT-2 style decoder (Radford et al. 2019), named as Hugging Face transformers names ``GPT2LMHeadModel``.
 
-``transformer.wte``, ``transformer.wpe``, ``transformer.h.0`` .., ``transformer.ln_f``, ``lm_head``; its checkpoints load.
-The head has a weight of its own: one shared with the embedding would tie the first block to the output block.
+``transformer.wte``, ``transformer.wpe``, ``transformer.h.0`` .., ``transformer.ln_f``, ``lm_head``; its checkpoints
+load.  The head has a weight of its own: one shared with the embedding would tie the first block to the output block.
 """
 
 from __future__ import annotations

@@ -15,31 +15,20 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from ..execution.targets import Targets
 from ..feedback import LazyWeight
-from .base import Objective, check_options
+from .base import EndToEnd, check_options
 from .features import raised, rows
 
 LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, repr=False)
-class _Alignment(Objective):
-    @property
-    def isolate(self):
-        return False
-
-    @property
-    def local(self):
-        return False
-
-
-@dataclass(frozen=True, repr=False)
-class FeedbackAlignment(_Alignment):
+class FeedbackAlignment(EndToEnd):
     """Every linear layer sends the error back through ``B`` in the place of its own transposed weight.
 
     With ``weights="random"``, ``B`` is fixed and random, drawn as ``torch.nn`` draws weights: feedback alignment
-    (Lillicrap et al., arXiv 1411.0247).  With ``"sign"``, ``B = sign(W) * mean |W|`` of the current weight: sign-symmetric
-    feedback (Liao et al., arXiv 1510.05067, up to that scale).  A boundary stands after every ``nn.Linear`` and
-    ``nn.Conv1d/2d/3d`` of the network, wherever the cuts are; all else is differentiated as it is.
+    (Lillicrap et al., arXiv 1411.0247).  With ``"sign"``, ``B = sign(W) * mean |W|`` of the current weight:
+    sign-symmetric feedback (Liao et al., arXiv 1510.05067, up to that scale).  A boundary stands after every
+    ``nn.Linear`` and ``nn.Conv1d/2d/3d`` of the network, wherever the cuts are; all else is differentiated as it is.
     """
 
     weights: str = "random"
@@ -55,7 +44,7 @@ class FeedbackAlignment(_Alignment):
 
 
 @dataclass(frozen=True, repr=False)
-class DirectFeedbackAlignment(_Alignment):
+class DirectFeedbackAlignment(EndToEnd):
     """Every boundary gets the error through a fixed random matrix of its own (Nokland, arXiv 1609.01596).
 
     ``pool``: one number for each of at most so many places a side of a convolutional activation; from the sides of the

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Objective
+from .base import EndToEnd
 
 
 @dataclass(frozen=True, repr=False)
-class Backprop(Objective):
+class Backprop(EndToEnd):
     """No local losses, no detaching: the baseline under the same protocol."""
-
-    @property
-    def isolate(self):
-        return False
-
-    @property
-    def local(self):
-        return False
 
     def build(self, target_features):
         return None

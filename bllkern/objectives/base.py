@@ -37,6 +37,19 @@ class Objective:
         raise TypeError(f"{type(self).__name__} does not say what a block learns from: override build")
 
 
+@dataclass(frozen=True, repr=False)
+class EndToEnd(Objective):
+    """Options of a baseline without local losses: blocks learn from the global loss, and nothing is detached."""
+
+    @property
+    def isolate(self) -> bool:
+        return False
+
+    @property
+    def local(self) -> bool:
+        return False
+
+
 def check_options(objective: Objective, **allowed: tuple) -> None:
     """Raise ``ValueError`` for a negative weight or a choice that is not ``allowed``."""
     for field in dataclasses.fields(objective):

@@ -13,8 +13,8 @@ A(h + b) - A(h) = h.b + |b|^2 / 2, and the agreement is |h - b|^2 / 4 up to a co
   derivative (:class:`bllkern.objectives.FeedbackAlignment`).  What BLL contains is the chain without the derivatives of
   the forward path and with the target at its top, that is ``target_propagation`` with weights that do not learn.
 - ``target_propagation``, in its plain (not difference) form (Bengio, arXiv 1407.7906): a block moves towards the target
-  of the block above sent through a learned inverse, |h - g(t)|^2 / 2 with t = b of the boundary above.  That is twice the
-  Gaussian agreement with chained feedback.  Here g is linear, and it learns from the same loss.
+  of the block above sent through a learned inverse, |h - g(t)|^2 / 2 with t = b of the boundary above.  That is twice
+  the Gaussian agreement with chained feedback.  Here g is linear, and it learns from the same loss.
 - ``predsim``, ``deep_supervision`` and ``backprop`` (one block) are objectives of these names.
 """
 

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ..._ops import pooled_shape
 from ._launch import on_device_of
+from ._rows import mean_of
 
 BLOCK = 1024
 
@@ -27,10 +28,7 @@ def _statistics(
     plane = tl.program_id(0).to(tl.int64)
     x_ptr += plane * places
     place = tl.arange(0, BLOCK)
-    sums = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, places, BLOCK):
-        sums += tl.load(x_ptr + start + place, mask=start + place < places, other=0.0).to(tl.float32)
-    mean = tl.sum(sums, 0) / places
+    mean = mean_of(x_ptr, places, BLOCK)
     squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, places, BLOCK):
         mask = start + place < places

@@ -15,6 +15,15 @@ CHUNK = 2**24
 
 
 @triton.jit
+def _logits(logits_ptr, bias_ptr, offset, column, mask, classes):
+    """Logits with their bias at rows that begin at ``offset`` and columns ``column``; -inf outside ``mask``."""
+    x = tl.load(logits_ptr + offset + column[None, :], mask=mask, other=float("-inf"))
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + column, mask=column < classes, other=0.0).to(tl.float32)[None, :]
+    return x
+
+
+@triton.jit
 def _softmax_error(
     logits_ptr,  # [rows, classes] float32
     bias_ptr,  # [classes], or None
@@ -49,9 +58,7 @@ def _softmax_error(
     for start in range(0, classes, COLS):
         column = start + tl.arange(0, COLS)
         mask = inside[:, None] & (column < classes)[None, :]
-        x = tl.load(logits_ptr + offset + column[None, :], mask=mask, other=float("-inf"))
-        if bias_ptr is not None:
-            x += tl.load(bias_ptr + column, mask=column < classes, other=0.0).to(tl.float32)[None, :]
+        x = _logits(logits_ptr, bias_ptr, offset, column, mask, classes)
         higher = tl.maximum(highest, tl.max(x, 1))
         total = total * exp(highest - higher) + tl.sum(exp(x - higher[:, None]), 1)
         highest = higher
@@ -65,10 +72,7 @@ def _softmax_error(
     for start in range(0, classes, COLS):
         column = start + tl.arange(0, COLS)
         mask = inside[:, None] & (column < classes)[None, :]
-        x = tl.load(logits_ptr + offset + column[None, :], mask=mask, other=float("-inf"))
-        if bias_ptr is not None:
-            x += tl.load(bias_ptr + column, mask=column < classes, other=0.0).to(tl.float32)[None, :]
-        x -= highest[:, None]
+        x = _logits(logits_ptr, bias_ptr, offset, column, mask, classes) - highest[:, None]
         if INDEX:
             p = tl.where(column[None, :] == label[:, None], counted[:, None], 0.0)
         else:

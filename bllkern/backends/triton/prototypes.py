@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ._launch import on_device_of, splits, tile_shape
-from .gram import direction
+from ._rows import direction
 
 ROWS, COLS = 16, 128
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ._checks import check_device, needs_grad, once_differentiable, unified
-from .backends import run
-from .backends.reference import batch_norm_relu_formula
+from ..backends import run
+from ..backends.reference import batch_norm_relu_formula
 
 
 class _BatchNormRelu(torch.autograd.Function):
@@ -57,9 +57,9 @@ def batch_norm_relu(
     """The end of a convolutional block: batch normalisation, ReLU, max pooling, and what a local loss reads of it.
 
     ``z = F.max_pool2d(F.relu(F.batch_norm(x, ..., training=True)), max_pool, ceil_mode=ceil_mode)`` and its average
-    over at most ``pool`` places a side, in one pass over x after that of the statistics.  A block-local network hands on
-    ``z.detach()``: then the gradient arrives by the features alone and takes one more pass, in which nothing as large as
-    z is made but the gradient by x.
+    over at most ``pool`` places a side, in one pass over x after that of the statistics.  A block-local network hands
+    on ``z.detach()``: then the gradient arrives by the features alone and takes one more pass, in which nothing as
+    large as z is made but the gradient by x.
 
     Args:
         x: the convolution's output [N, C, H, W].

@@ -6,7 +6,6 @@ scores on another.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import random
 from collections.abc import Callable
@@ -14,10 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from . import cuts as cuts_module
-from .convert import convert
-from .objectives import Objective
-from .objectives.heads import HEADS
+from ..objectives.heads import HEADS
+from .structure import units
 
 POOLS = (1, 2, 4)
 CHOICES = tuple(head for head in HEADS if head != "auto")  # which is one of the others at every cut
@@ -34,17 +31,10 @@ class Candidate:
     pool: int
 
 
-def places(net: nn.Module, objective: Objective, example: Tensor) -> dict[str, list[str]]:
-    """Modules of ``net`` after which a block can end, each with the heads that ``objective`` takes there."""
-    found = {unit.names[-1]: [] for unit in cuts_module.units(net, (example,))[:-1]}
-    for name, heads in found.items():
-        for head in CHOICES:
-            try:
-                convert(net, [name], 2, dataclasses.replace(objective, head=head), example=example)
-            except ValueError:  # a convolution where there is no map; a head that does not go with another option
-                continue
-            heads.append(head)
-    return found
+def places(net: nn.Module, example: Tensor, takes: Callable[[str, str], bool]) -> dict[str, list[str]]:
+    """Modules of ``net`` after which a block can end, each with the heads that go there: ``takes(module, head)``."""
+    ends = [unit.names[-1] for unit in units(net, (example,))[:-1]]
+    return {end: [head for head in CHOICES if takes(end, head)] for end in ends}
 
 
 def sample(places: dict[str, list[str]], blocks: int, count: int, seed: int) -> list[Candidate]:
@@ -121,12 +111,12 @@ class _Place:
 
 
 def _positions(net: nn.Module, example: Tensor) -> list[_Place]:
-    units = cuts_module.units(net, (example,))
-    costs = [max(unit.flops, 1.0) for unit in units]
-    stages = [unit.names[0].rpartition(".")[0] for unit in units]
+    found = units(net, (example,))
+    costs = [max(unit.flops, 1.0) for unit in found]
+    stages = [unit.names[0].rpartition(".")[0] for unit in found]
     totals = {stage: sum(c for c, s in zip(costs, stages) if s == stage) for stage in stages}
-    spent, found = dict.fromkeys(totals, 0.0), []
-    for unit, cost, stage in zip(units, costs, stages):
+    spent, positions = dict.fromkeys(totals, 0.0), []
+    for unit, cost, stage in zip(found, costs, stages):
         spent[stage] += cost
-        found.append(_Place(unit.names, stage, spent[stage] / totals[stage]))
-    return found[:-1]
+        positions.append(_Place(unit.names, stage, spent[stage] / totals[stage]))
+    return positions[:-1]

@@ -7,10 +7,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from .execution import guard
-from .execution.streams import serial
-from .execution.targets import targets
-from .network import boundaries
+from ..execution import guard
+from ..execution.streams import serial
+from ..execution.targets import targets
+from .losses import boundaries
 
 
 def assert_isolated(net: nn.Module, x: Tensor | tuple, y: Tensor) -> None:

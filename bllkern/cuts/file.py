@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import objectives
+from .. import objectives
 
 FORMAT = "bllkern cuts 1"
 OBJECTIVES = sorted(name for name, build in objectives.OBJECTIVES.items() if hasattr(build(), "head"))

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from . import backends
-from .convolutional import batch_norm_relu
+from .. import backends
+from ..functional import batch_norm_relu
 
 
 class Epilogue(NamedTuple):
