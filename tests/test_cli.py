@@ -371,8 +371,8 @@ def test_mistakes_are_one_line(arguments, words, capsys):
 
 def test_compare(tmp_path, capsys):
     names = ["backprop", "bll", "deep_supervision"]
-    chosen = ["--objectives", ",".join(names), "--option", "bll.similarity=2.0", "--schedule", "immediate"]
-    assert main(["compare", *SMALL, *chosen, "--seeds", "2", "--output", str(tmp_path)]) == 0
+    chosen = ["--objectives", ",".join(names), "--option", "bll.similarity=2.0", "--schedule", "immediate", *SMALL]
+    assert main(["compare", *chosen, "--seeds", "2", "--output", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "compare.json").read_text())
     assert list(report["objectives"]) == names
     assert report["objectives"]["bll"]["options"] == {"similarity": 2.0}
@@ -384,9 +384,10 @@ def test_compare(tmp_path, capsys):
         assert summary["accuracy_mean"] == pytest.approx((first + second) / 2)
         assert summary["accuracy_std"] == pytest.approx(abs(first - second) / 2**0.5)
         assert summary["peak_bytes"] > 0 and summary["step_seconds"] > 0
-    assert report["objectives"]["backprop"]["summary"]["peak_bytes_ratio"] == 1
-    table = capsys.readouterr().out
-    assert all(f"\n{name} " in table for name in names) and "/ backprop" in table
+    backprop, bll, _ = (entry["summary"] for entry in report["objectives"].values())
+    assert bll["accuracy_difference"] == pytest.approx(bll["accuracy_mean"] - backprop["accuracy_mean"])
+    text = (tmp_path / "compare.md").read_text()
+    assert all(f"\n| {name} " in text for name in names) and text in capsys.readouterr().out
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 

@@ -45,7 +45,7 @@ examples:
   bllkern compare --data cifar10 --data-dir ~/data --model convnet --train-size 10000 --test-size 2000 --epochs 5
   bllkern compare --objectives backprop,bll --option bll.similarity=12.0 --output figures
 
-Writes DIR/compare.json and DIR/compare.png. Memory is what a training step holds beyond what it began with.
+Writes DIR/compare.json, compare.md and compare.png. Memory is what a training step holds beyond what it began with.
 
 """
 SPLIT_EXAMPLES = """\
@@ -107,7 +107,10 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     commands["compare"].set_defaults(**preset.protocol)
     for name in ("train", "split"):
         commands[name].set_defaults(**preset.protocol, objective=preset.objective, preset_options=preset.options)
-    return parser.parse_known_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if getattr(args, "objective", None) != preset.objective:  # the options are those of the preset's own
+        args.preset_options = {}
+    return args, unknown
 
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
