@@ -277,6 +277,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add("--weight-decay", type=_non_negative_float, metavar="X", help="default: 0.01, for sgd 0.0005")
     add("--lr-schedule", default="onecycle", choices=["onecycle", "cosine"], help="default: onecycle")
     add("--seed", type=_non_negative_int, default=0, metavar="N", help="of weights and order of the data; default: 0")
+    add("--autocast", action="store_true", help="run the network under torch.autocast in bfloat16")
     _add_machine(parser)
 
 

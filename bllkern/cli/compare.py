@@ -129,12 +129,13 @@ def _markdown(report: dict) -> str:
     protocol = report["protocol"]
     rows = [_row(name, entry["summary"]) for name, entry in report["objectives"].items()]
     cuts = protocol["cuts"] if isinstance(protocol["cuts"], int) else f"{len(protocol['cuts']) + 1}"
+    precision = ", bfloat16 autocast" if protocol["autocast"] else ""
     settings = (
         f"{protocol['model']} in {cuts} blocks on {protocol['data']}: {protocol['train_size']:,} training and "
         f"{protocol['test_size']:,} {protocol['held_out']} samples, {protocol['epochs']} epochs, batches of "
         f"{protocol['batch_size']}, {protocol['optimizer']} ({protocol['lr_schedule']}, learning rate up to "
         f"{protocol['lr']:g}), {protocol['seeds']} seeds; torch {protocol['torch']} on {protocol['device']}, "
-        f"{protocol['threads']} threads."
+        f"{protocol['threads']} threads{precision}."
     )
     return f"{settings}\n\n{table(HEAD, rows)}\n"
 
