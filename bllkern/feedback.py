@@ -128,7 +128,8 @@ class AttentionFeedback(Feedback):
     The counterpart of a block that mixes tokens by attention: at the last boundary, a learned row per class, and below
     it ``(m + attention(m)) @ W_k``, where ``m`` are the means [B, T, D'] of the messages above.  The attention is
     scaled dot-product attention with one head (Vaswani et al., arXiv 1706.03762, equation 1) over all positions of the
-    sequence; queries and keys read ``m`` with the sinusoidal encoding of its positions added to it.
+    sequence; queries and keys read ``m`` with the sinusoidal encoding of its positions added to it.  Tokens whose target
+    is ``ignore_index`` send the message of class 0.  Raises ``ValueError`` for other targets than [B, T].
     """
 
     def chain(self, above: Feedback | None) -> None:
