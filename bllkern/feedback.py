@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 
-from .execution import streams
+from .execution import streams, targets
 from .families import Family
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-KINDS = ("direct", "chained", "fixed")
+CHAINED = ("chained", "attention")  # which read the messages of the boundary above
+KINDS = ("direct", "fixed", *CHAINED)
+PERIOD = 10_000.0  # of the slowest wave in the position encoding (Vaswani et al., arXiv 1706.03762, section 3.5)
 
 
 class LazyWeight(LazyModuleMixin, nn.Module):
@@ -76,8 +78,8 @@ class Feedback(nn.Module):
 
     def initialize(self, features: Tensor, shape: tuple[int, ...] | None) -> None:
         """Size the weights for features [N, D] that flatten maps of ``shape``; the boundary above has its size already."""
-        if self.kind == "chained" and not self._chained:
-            raise RuntimeError("feedback='chained' needs bllkern.convert, which knows the boundary above")
+        if self.kind in CHAINED and not self._chained:
+            raise RuntimeError(f"feedback={self.kind!r} needs bllkern.convert, which knows the boundary above")
         self.width, self.shape = features.shape[1], shape
         if not self._above:
             self.link(features)
@@ -97,12 +99,16 @@ class Feedback(nn.Module):
 
     def messages(self, above: Tensor | None = None) -> Tensor:
         """The messages once the weights have their size, from those ``above``, which are computed if not given."""
-        messages = self.link.weight
-        if self._above:
-            if above is None:
-                above = self._above[0].messages()
-            messages = self._carried(self._above[0].family.mean(above.detach()), messages)
-        return self.family.message(messages)
+        if not self._above:
+            return self._first()
+        if above is None:
+            above = self._above[0].messages()
+        means = self._above[0].family.mean(above.detach())
+        return self.family.message(self._carried(means, self.link.weight))
+
+    def _first(self) -> Tensor:
+        """The messages [C, D] of a boundary with none above."""
+        return self.family.message(self.link.weight)
 
     def _carried(self, means: Tensor, weight: Tensor) -> Tensor:
         """The means [C, D'] of the messages above, through the link: [C, D]."""
@@ -114,3 +120,54 @@ class Feedback(nn.Module):
     def chain_above(self) -> list[Feedback]:
         """This one and those whose messages it reads, directly or through others, up to the last boundary."""
         return [self, *(self._above[0].chain_above() if self._above else ())]
+
+
+class AttentionFeedback(Feedback):
+    """Backward messages [B * T, D] of one boundary, one per token of the step's targets [B, T].
+
+    The counterpart of a block that mixes tokens by attention: at the last boundary, a learned row per class, and below
+    it ``(m + attention(m)) @ W_k``, where ``m`` are the means [B, T, D'] of the messages above.  The attention is
+    scaled dot-product attention with one head (Vaswani et al., arXiv 1706.03762, equation 1) over all positions of the
+    sequence; queries and keys read ``m`` with the sinusoidal encoding of its positions added to it.  Tokens whose target
+    is ``ignore_index`` send the message of class 0.  Raises ``ValueError`` for other targets than [B, T].
+    """
+
+    def chain(self, above: Feedback | None) -> None:
+        super().chain(above)
+        if above is not None:
+            self.queries, self.keys, self.values = (LazyWeight(0, bias=False) for _ in range(3))
+
+    def initialize(self, features: Tensor, shape: tuple[int, ...] | None) -> None:
+        super().initialize(features, None)
+        if self._above:
+            width = self._above[0].width
+            for layer in (self.queries, self.keys, self.values):
+                layer.rows = width
+                layer(features.new_empty(1, width))
+
+    def _first(self) -> Tensor:
+        step = targets.current()
+        if step.y.dim() != 2 or step.y.is_floating_point():
+            raise ValueError(f"feedback='attention' needs targets [B, T] of classes, got {list(step.y.shape)}")
+        return super()._first()[step.y.where(step.y != step.ignore_index, 0).flatten()]
+
+    def _carried(self, means: Tensor, weight: Tensor) -> Tensor:
+        """The means [B * T, D'] of the messages above, through attention and link: [B * T, D]."""
+        sequences = means.unflatten(0, targets.current().y.shape)
+        placed = sequences + positions(sequences)
+        q, k = F.linear(placed, self.queries.weight), F.linear(placed, self.keys.weight)
+        attended = F.scaled_dot_product_attention(q, k, F.linear(sequences, self.values.weight))
+        return (sequences + attended).flatten(0, 1) @ weight
+
+
+def positions(x: Tensor) -> Tensor:
+    """The sinusoidal encoding [T, D] of the positions of x [B, T, D]: sines, then cosines (arXiv 1706.03762, 3.5)."""
+    waves = (x.shape[2] + 1) // 2
+    rates = PERIOD ** (-torch.arange(waves, device=x.device) / waves)
+    angles = torch.arange(x.shape[1], device=x.device)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], 1)[:, : x.shape[2]].to(x)
+
+
+def build(kind: str, target_features: int, family: Family) -> Feedback:
+    """The feedback of one boundary, of a kind in :data:`KINDS`."""
+    return (AttentionFeedback if kind == "attention" else Feedback)(kind, target_features, family)

@@ -1,7 +1,6 @@
 """The command line: training, exact resume, comparison, and what it says to a mistake."""
 
 import json
-import math
 import os
 import pickle
 import runpy
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import bllkern
 from bllkern import models
@@ -72,43 +70,6 @@ def test_schedules_end_with_the_same_weights(tmp_path, schedule):
 def test_objectives(objective, model, capsys):
     assert _train("--objective", objective, "--model", model, "--epochs", "1") == 0
     assert "test accuracy" in capsys.readouterr().out
-
-
-def test_backprop_is_the_plain_loop(tmp_path):
-    assert _train("--objective", "backprop", output=tmp_path) == 0
-    digits = data.load("digits", train_size=60, test_size=40)
-    torch.manual_seed(0)
-    net = models.build("mlp", 10, (1, 8, 8))
-    optimizer = torch.optim.AdamW(net.parameters(), 4e-3, weight_decay=1e-2)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, 9)
-    order = torch.Generator().manual_seed(0)
-    for _ in range(3):
-        for x, y in data.batches(digits.train_x, digits.train_y, 20, digits.augment, order):
-            optimizer.zero_grad()
-            F.cross_entropy(net(x), y).backward()
-            optimizer.step()
-            scheduler.step()
-    assert _same(_weights(tmp_path), net.state_dict())
-
-
-def test_sgd_with_cosine_is_the_plain_loop(tmp_path):
-    """The setting of BWBPF: momentum 0.9, weight decay 5e-4, learning rate 0.1 annealed to 0."""
-    assert _train("--objective", "backprop", "--preset", "bwbpf", *SMALL, "--augment", "flip", output=tmp_path) == 0
-    digits = data.load("digits", train_size=60, test_size=40, augment="flip")
-    torch.manual_seed(0)
-    net = models.build("mlp", 10, (1, 8, 8))
-    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
-    order = torch.Generator().manual_seed(0)
-    step = 0
-    for _ in range(3):
-        for x, y in data.batches(digits.train_x, digits.train_y, 20, digits.augment, order):
-            optimizer.param_groups[0]["lr"] = 0.05 * (1 + math.cos(math.pi * step / 9))
-            optimizer.zero_grad()
-            F.cross_entropy(net(x), y).backward()
-            optimizer.step()
-            step += 1
-    for key, value in net.state_dict().items():
-        torch.testing.assert_close(_weights(tmp_path)[key], value)
 
 
 @pytest.mark.parametrize("preset", presets.PRESETS)
@@ -364,8 +325,8 @@ def test_mistakes_are_one_line(arguments, words, capsys):
 
 def test_compare(tmp_path, capsys):
     names = ["backprop", "bll", "deep_supervision"]
-    chosen = ["--objectives", ",".join(names), "--option", "bll.similarity=2.0", "--schedule", "immediate"]
-    assert main(["compare", *SMALL, *chosen, "--seeds", "2", "--output", str(tmp_path)]) == 0
+    chosen = ["--objectives", ",".join(names), "--option", "bll.similarity=2.0", "--schedule", "immediate", *SMALL]
+    assert main(["compare", *chosen, "--seeds", "2", "--output", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "compare.json").read_text())
     assert list(report["objectives"]) == names
     assert report["objectives"]["bll"]["options"] == {"similarity": 2.0}
@@ -377,9 +338,10 @@ def test_compare(tmp_path, capsys):
         assert summary["accuracy_mean"] == pytest.approx((first + second) / 2)
         assert summary["accuracy_std"] == pytest.approx(abs(first - second) / 2**0.5)
         assert summary["peak_bytes"] > 0 and summary["step_seconds"] > 0
-    assert report["objectives"]["backprop"]["summary"]["peak_bytes_ratio"] == 1
-    table = capsys.readouterr().out
-    assert all(f"\n{name} " in table for name in names) and "/ backprop" in table
+    backprop, bll, _ = (entry["summary"] for entry in report["objectives"].values())
+    assert bll["accuracy_difference"] == pytest.approx(bll["accuracy_mean"] - backprop["accuracy_mean"])
+    text = (tmp_path / "compare.md").read_text()
+    assert all(f"\n| {name} " in text for name in names) and text in capsys.readouterr().out
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 

@@ -1,6 +1,7 @@
 """Feedback: its own optimizer, its own loss, its messages from boundary to boundary, and what reads them."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch import nn
 
 import bllkern
 from bllkern import families, functional
+from bllkern.models.transformer import Transformer
 from bllkern.objectives import BLL, terms
 from bllkern.objectives.heads import CHANNELS
+from bllkern.parallel.part import Layout
 
 
 @pytest.mark.parametrize("schedule", ["eager", "deferred", "immediate"])
@@ -116,3 +119,129 @@ def test_chained_feedback_between_maps_is_a_convolution(head, channels):
         fresh(x), net(x)
     for name, loss in bllkern.local_losses(net).items():
         torch.testing.assert_close(bllkern.local_losses(fresh)[name], loss)
+
+
+TOKENS = BLL(evidence=0, agreement=0.1, prediction=1.0, feedback="attention")
+
+
+def sequences(count=8):
+    """Sequences of 4 symbols, and their reversals as targets."""
+    x = torch.randint(0, 4, (count, 6))
+    return x, x.flip(1)
+
+
+def token_net(objective=TOKENS, schedule=None):
+    net = Transformer(4, 6, width=16, heads=2, depth=3, causal=False)
+    return bllkern.convert(net, ["embedding", "layers.0", "layers.1"], 4, objective, schedule, example=sequences()[0])
+
+
+def feedback_of(net, name):
+    return bllkern.network.boundaries(net)[name].objective.feedback
+
+
+def test_attention_feedback_attends_to_the_messages_above():
+    net, (_, y) = token_net(), sequences()
+    low, high, top = (feedback_of(net, name) for name in ("embedding", "layers.0", "layers.1"))
+    with bllkern.targets(y):
+        messages, above, first = low.messages(), high.messages().detach(), top.messages()
+    assert messages.shape == above.shape == (8 * 6, 16)
+    assert torch.equal(first, top.link.weight[y.flatten()])
+    for b, m in enumerate(above.view(8, 6, 16)):
+        angles = torch.arange(6.0)[:, None] / 10_000 ** (torch.arange(8) / 8)
+        placed = m + torch.cat([angles.sin(), angles.cos()], 1)
+        scores = (placed @ low.queries.weight.T) @ (placed @ low.keys.weight.T).T / 4
+        expected = (m + scores.softmax(1) @ (m @ low.values.weight.T)) @ low.link.weight
+        torch.testing.assert_close(messages.view(8, 6, 16)[b], expected)
+    messages.sum().backward()
+    assert all(p.grad is not None for p in low.parameters())
+    assert all(p.grad is None for p in [*high.parameters(), *top.parameters()])
+
+
+@pytest.mark.parametrize("schedule", ["eager", "deferred", "immediate"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_feedback_is_isolated(family, schedule):
+    net = token_net(dataclasses.replace(TOKENS, family=family, bootstrapping=True), schedule)
+    bllkern.optimizers(net, lambda params: torch.optim.SGD(params, lr=0.1))
+    bllkern.assert_isolated(net, *sequences())
+
+
+def test_attention_feedback_from_a_checkpoint_and_with_padding():
+    net, (x, y) = token_net(), sequences()
+    fresh = bllkern.convert(Transformer(4, 6, width=16, heads=2, causal=False), ["layers.0", "layers.1"], 4, TOKENS)
+    net = bllkern.convert(Transformer(4, 6, width=16, heads=2, causal=False), ["layers.0", "layers.1"], 4, TOKENS)
+    with bllkern.targets(y):
+        net(x)
+    fresh.load_state_dict(net.state_dict())  # before any data has come by
+    y = y.masked_fill(torch.arange(6) == 0, -100)
+    with bllkern.targets(y):
+        fresh(x), net(x)
+    for name, loss in bllkern.local_losses(net).items():
+        assert loss.isfinite()
+        torch.testing.assert_close(bllkern.local_losses(fresh)[name], loss)
+
+
+class Reversing(nn.Module):
+    """Embeds a sequence; then reads it backwards, so that the last boundary is at the target's own place."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.linear, self.head = nn.Embedding(4, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.linear(self.embedding(x).flip(1)))
+
+
+@pytest.mark.parametrize("kind, learns", [("attention", True), ("chained", False)])
+def test_attention_feedback_learns_to_reverse(kind, learns):
+    """Blocks stay as they are.  The message of a token must come to mean the target at the other end of the sequence."""
+    net = bllkern.convert(
+        Reversing(), ["embedding", "linear"], 4, BLL(evidence=0, similarity=0, agreement=1.0, feedback=kind)
+    )
+    with bllkern.targets(sequences()[1]):
+        net(sequences()[0])
+    chosen = bllkern.optimizers(
+        net, lambda params: torch.optim.SGD(params, 0.0), feedback=lambda params: torch.optim.Adam(params, 0.03)
+    )
+    for _ in range(300):
+        x, y = sequences(32)
+        with bllkern.targets(y):
+            net(x)
+        chosen.step()
+        chosen.zero_grad()
+    x, y = sequences(200)
+    with bllkern.targets(y), torch.no_grad():
+        feedback = feedback_of(net, "embedding")
+        messages = feedback.messages() if kind == "attention" else feedback.messages()[y.flatten()]
+    z = net.get_submodule("embedding").weight.detach()[x.flatten()]
+    unexplained = (messages - z).square().mean() / (z - z.mean(0)).square().mean()
+    assert unexplained < 0.05 if learns else unexplained > 0.8
+
+
+def test_a_transformer_learns_to_reverse_with_attention_feedback():
+    net = token_net()
+    optimizer = torch.optim.AdamW(net.parameters(), 5e-3)
+    for _ in range(200):
+        x, y = sequences(64)
+        with bllkern.targets(y):
+            F.cross_entropy(net(x).flatten(0, 1), y.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    x, y = sequences(200)
+    assert (net.eval()(x).argmax(-1) == y).float().mean() >= 0.99
+
+
+def test_what_attention_feedback_cannot_do():
+    for options in ({"agreement": 0.1}, {"evidence": 0}):
+        with pytest.raises(ValueError, match="feedback='attention' has a message for each token"):
+            BLL(feedback="attention", **options)
+    layer = bllkern.BlockLocalLinear(6, 8, target_features=4, objective=TOKENS)
+    with pytest.raises(RuntimeError, match="feedback='attention' needs bllkern.convert"), bllkern.targets(Y):
+        layer(X)
+    net = bllkern.convert(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), ["0"], 4, TOKENS, example=X)
+    with pytest.raises(ValueError, match=r"feedback='attention' needs targets \[B, T\]"), bllkern.targets(Y):
+        net(X)
+    with pytest.raises(ValueError, match="need a message per class; 'embedding' has feedback='attention'"):
+        Layout(token_net(), (sequences()[0],))
+    with pytest.raises(ValueError, match="feedback='attention' reads weights of all blocks above"):
+        plain = Transformer(4, 6, width=16, heads=2)
+        bllkern.convert(plain, ["layers.0"], 4, TOKENS, "immediate", example=sequences()[0], offload="cpu")

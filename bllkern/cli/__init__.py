@@ -46,7 +46,7 @@ examples:
   bllkern compare --data cifar10 --data-dir ~/data --model convnet --train-size 10000 --test-size 2000 --epochs 5
   bllkern compare --objectives backprop,bll --option bll.similarity=12.0 --output figures
 
-Writes DIR/compare.json and DIR/compare.png. Memory is what a training step holds beyond what it began with.
+Writes DIR/compare.json, compare.md and compare.png. Memory is what a training step holds beyond what it began with.
 
 """
 SPLIT_EXAMPLES = """\
@@ -108,7 +108,10 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     commands["compare"].set_defaults(**preset.protocol)
     for name in ("train", "split"):
         commands[name].set_defaults(**preset.protocol, objective=preset.objective, preset_options=preset.options)
-    return parser.parse_known_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if getattr(args, "objective", None) != preset.objective:  # the options are those of the preset's own
+        args.preset_options = {}
+    return args, unknown
 
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -275,6 +278,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add("--weight-decay", type=_non_negative_float, metavar="X", help="default: 0.01, for sgd 0.0005")
     add("--lr-schedule", default="onecycle", choices=["onecycle", "cosine"], help="default: onecycle")
     add("--seed", type=_non_negative_int, default=0, metavar="N", help="of weights and order of the data; default: 0")
+    add("--autocast", action="store_true", help="run the network under torch.autocast in bfloat16")
     _add_machine(parser)
 
 

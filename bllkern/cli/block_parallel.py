@@ -67,6 +67,8 @@ class RankTraining:
 
     def __init__(self, recipe, data, mesh: DeviceMesh):
         rows = mesh.size(0)
+        if recipe.autocast:
+            raise UserError("--autocast is not available with --block-parallel, whose messages are float32")
         if recipe.batch_size % rows:
             raise UserError(f"--batch-size must be a multiple of {rows}, the rows of the mesh, got {recipe.batch_size}")
         self.whole = Training(recipe, data, torch.device("cpu"))

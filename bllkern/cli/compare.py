@@ -16,10 +16,15 @@ from .checkpoint import write_atomically, write_json
 from .data import Dataset
 from .errors import UserError, user_errors
 from .loop import Recipe
+from .markdown import mean_and_spread, percent, table
 from .measure import human_bytes, human_time
 from .train import device, load_data, recipe_of, start
 
 BASELINE = "backprop"
+HEAD = (
+    *("objective", "accuracy (%)", f"- {BASELINE}", "loss", f"/ {BASELINE}"),
+    *("step time", f"/ {BASELINE}", "peak memory", f"/ {BASELINE}"),
+)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,9 +53,11 @@ def run(args: argparse.Namespace) -> int:
         entry["summary"] = _summary(entry["runs"])
     _add_ratios(report["objectives"])
     write_json(output / "compare.json", report)
-    print("\n" + _table(report["objectives"]))
+    text = _markdown(report)
+    write_atomically(output / "compare.md", text.encode())
+    print("\n" + text)
     _draw(report, output / "compare.png")
-    print(f"\n{output}: compare.json, compare.png")
+    print(f"{output}: compare.json, compare.md, compare.png")
     return 0
 
 
@@ -97,10 +104,10 @@ def _describe(run: dict) -> str:
 
 def _summary(runs: list[dict]) -> dict:
     """Over the seeds: mean and standard deviation of the accuracy, mean loss, medians of step time and peak memory."""
-    accuracies = [run["accuracy"] for run in runs]
+    mean, std = mean_and_spread([run["accuracy"] for run in runs])
     return {
-        "accuracy_mean": statistics.fmean(accuracies),
-        "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "accuracy_mean": mean,
+        "accuracy_std": std,
         "loss_mean": statistics.fmean(run["loss"] for run in runs),
         "step_seconds": statistics.median(run["step_seconds"] for run in runs),
         "peak_bytes": statistics.median(run["peak_bytes"] for run in runs),
@@ -108,28 +115,37 @@ def _summary(runs: list[dict]) -> dict:
 
 
 def _add_ratios(objectives: dict[str, dict]) -> None:
-    """Step time and peak memory as multiples of backprop's, where that was trained too."""
+    """Accuracy as difference to backprop's; loss, step time and memory as multiples of its; where it was trained too."""
     baseline = objectives.get(BASELINE, {}).get("summary")
     for entry in objectives.values():
-        for name in ("step_seconds", "peak_bytes"):
-            entry["summary"][f"{name}_ratio"] = entry["summary"][name] / baseline[name] if baseline else None
-
-
-def _table(objectives: dict[str, dict]) -> str:
-    head = ("objective", "accuracy", "spread", "loss", "step time", f"/ {BASELINE}", "peak memory", f"/ {BASELINE}")
-    rows = [head]
-    for name, entry in objectives.items():
         s = entry["summary"]
-        spread = "-" if s["accuracy_std"] is None else f"±{s['accuracy_std']:.2%}"
-        ratios = ["-" if s[key] is None else f"{s[key]:.2f}" for key in ("step_seconds_ratio", "peak_bytes_ratio")]
-        times = human_time(s["step_seconds"]), ratios[0], human_bytes(s["peak_bytes"]), ratios[1]
-        rows.append((name, f"{s['accuracy_mean']:.2%}", spread, f"{s['loss_mean']:.4f}", *times))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+        s["accuracy_difference"] = s["accuracy_mean"] - baseline["accuracy_mean"] if baseline else None
+        for name in ("loss_mean", "step_seconds", "peak_bytes"):
+            s[f"{name}_ratio"] = s[name] / baseline[name] if baseline else None
+
+
+def _markdown(report: dict) -> str:
+    """The protocol in a sentence, and a row for each objective."""
+    protocol = report["protocol"]
+    rows = [_row(name, entry["summary"]) for name, entry in report["objectives"].items()]
+    cuts = protocol["cuts"] if isinstance(protocol["cuts"], int) else f"{len(protocol['cuts']) + 1}"
+    precision = ", bfloat16 autocast" if protocol["autocast"] else ""
+    settings = (
+        f"{protocol['model']} in {cuts} blocks on {protocol['data']}: {protocol['train_size']:,} training and "
+        f"{protocol['test_size']:,} {protocol['held_out']} samples, {protocol['epochs']} epochs, batches of "
+        f"{protocol['batch_size']}, {protocol['optimizer']} ({protocol['lr_schedule']}, learning rate up to "
+        f"{protocol['lr']:g}), {protocol['seeds']} seeds; torch {protocol['torch']} on {protocol['device']}, "
+        f"{protocol['threads']} threads{precision}."
+    )
+    return f"{settings}\n\n{table(HEAD, rows)}\n"
+
+
+def _row(name: str, s: dict) -> tuple[str, ...]:
+    difference = "-" if s["accuracy_difference"] is None else f"{100 * s['accuracy_difference']:+.2f}"
+    ratios = (s[f"{key}_ratio"] for key in ("loss_mean", "step_seconds", "peak_bytes"))
+    loss, seconds, memory = ("-" if ratio is None else f"{ratio:.3f}" for ratio in ratios)
+    accuracy = percent(s["accuracy_mean"], s["accuracy_std"]), difference, f"{s['loss_mean']:.4f}", loss
+    return (name, *accuracy, human_time(s["step_seconds"]), seconds, human_bytes(s["peak_bytes"]), memory)
 
 
 def _draw(report: dict, path: Path) -> None:

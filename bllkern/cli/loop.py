@@ -45,6 +45,7 @@ class Recipe:
     image_size: int | None = None
     optimizer: str = "adamw"
     lr_schedule: str = "onecycle"
+    autocast: bool = False
 
 
 @dataclass
@@ -107,14 +108,15 @@ def build(recipe: Recipe, data: Dataset) -> nn.Module:
 
 
 def cross_entropy(logits: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
-    """The global loss: of one class per sample [B], or per token [B, T]."""
-    return F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction=reduction)
+    """The global loss, in float32: of one class per sample [B], or per token [B, T]."""
+    return F.cross_entropy(logits.flatten(0, -2).float(), y.flatten(), reduction=reduction)
 
 
-def train_step(net: nn.Module, optimizers, x: Tensor, y: Tensor, deferred: bool) -> Tensor:
+def train_step(net: nn.Module, optimizers, x: Tensor, y: Tensor, deferred: bool, autocast: bool) -> Tensor:
     """The loop's body, as any user would write it; returns the detached loss of the output."""
-    with bllkern.targets(y):
-        loss = cross_entropy(net(x), y)  # local gradients are taken in here
+    with bllkern.targets(y), torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+        output = net(x)  # local gradients are taken in here
+    loss = cross_entropy(output, y)
     (loss + bllkern.local_loss(net) if deferred else loss).backward()
     optimizers.step()
     optimizers.zero_grad()
@@ -170,7 +172,7 @@ class Training:
             loader = batches(data.train_x, data.train_y, self.recipe.batch_size, data.augment, self.order)
             for i, (x, y) in enumerate(loader):
                 with self.timer.step(), self.memory.step():
-                    loss = train_step(self.net, self.optimizers, x, y, self.deferred)
+                    loss = train_step(self.net, self.optimizers, x, y, self.deferred, self.recipe.autocast)
                 for scheduler in self.schedulers:
                     scheduler.step()
                 reported = i % REPORT_EVERY == 0
@@ -185,7 +187,7 @@ class Training:
         """On the held-out data: share of the samples (or tokens) whose largest logit is their class, mean loss."""
         self.net.eval()
         right, loss = 0, 0.0
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.autocast):
             for x, y in in_order(self.data.test_x, self.data.test_y, EVALUATION_BATCH):
                 logits = self.net(x)
                 right += (logits.argmax(-1) == y).sum()

@@ -28,7 +28,9 @@ class BLL(Objective):
         label_smoothing: the share of the target that evidence and prediction spread over all classes.  Blocks that are
             sure of their class keep less for the blocks above: 0.1 is worth about a point of CIFAR-10 accuracy.
         feedback: ``"direct"`` (a learned message per class at every boundary), ``"chained"`` (each boundary's message
-            from that of the boundary above; needs :func:`bllkern.convert`), or ``"fixed"`` (random, untrained).
+            from that of the boundary above; needs :func:`bllkern.convert`), ``"attention"`` (chained, a message per
+            token of targets [B, T], which attends to all tokens of the messages above; without evidence, which needs
+            one per class), or ``"fixed"`` (random, untrained).
         bootstrapping: the next block reads the posterior ``a + b`` instead of ``a`` while training.
         pool: convolutional features are averaged to at most ``pool`` places a side.
         head: what the terms (but denoising) see of the activation: its pooled features (``"linear"``), a hidden layer
@@ -61,6 +63,11 @@ class BLL(Objective):
         check_options(self, **choices, head=HEADS)
         if self.head in ("mlp", "conv") and self.bootstrapping:
             raise ValueError(f"head={self.head!r} does not go with bootstrapping, whose messages are not hidden")
+        if self.feedback == "attention" and (self.evidence or not (self.agreement or self.likelihood)):
+            raise ValueError(
+                "feedback='attention' has a message for each token, not for each class: it needs evidence=0, and a "
+                f"weight of agreement or likelihood above 0, got {self}"
+            )
 
     def build(self, target_features):
         return LocalLoss(self, target_features)

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import families, functional
+from .. import families, feedback, functional
 from ..backends import reference
 from ..execution.targets import Targets, kind_of
-from ..feedback import Feedback, LazyWeight
+from ..feedback import LazyWeight
 from .features import raised, rows
 from .heads import Head, is_map
 
@@ -44,7 +44,7 @@ class LocalLoss(nn.Module):
         reads_messages = PREDICT & set(self.terms) or recipe.bootstrapping
         if recipe.similarity > 0 and recipe.similarity_target == "feedback":
             reads_messages = True
-        self.feedback = Feedback(recipe.feedback, target_features, self.family) if reads_messages else None
+        self.feedback = feedback.build(recipe.feedback, target_features, self.family) if reads_messages else None
         self.log_prior = nn.Parameter(torch.zeros(target_features)) if recipe.evidence > 0 else None
         self.channel_dim: int | None = None
         self._kind: str | None = None
@@ -194,11 +194,13 @@ class Batch:
 
     @cached_property
     def messages(self) -> Tensor:
-        """The backward message of every class [C, D]."""
+        """The backward message of every class [C, D]; of every row [N, D] with ``feedback="attention"``."""
         return self.loss.feedback()
 
     def message(self) -> Tensor:
         """The backward message of every row [N, D]; a row with ``ignore_index`` reads that of class 0."""
+        if self.recipe.feedback == "attention":
+            return self.messages
         if self.kind == "classes":
             return self.messages[self.y.where(self.y != self.ignore_index, 0)]
         return self.y.to(self.messages) @ self.messages

@@ -75,6 +75,8 @@ class Layout:
         for name, boundary in boundaries(net).items():
             if boundary.objective is None or not boundary.options.isolate:
                 raise ValueError(f"blocks in parallel need isolated losses; {name!r} has {boundary.options}")
+            if getattr(boundary.options, "feedback", None) == "attention":
+                raise ValueError(f"blocks in parallel need a message per class; {name!r} has feedback='attention'")
         self.names = [*self.paths, "output"]
         if any(boundary.block_parameters is None for boundary in boundaries(net).values()):
             sizing.size(net, *inputs)
