@@ -1,10 +1,14 @@
 """Jobs of several processes for the tests: one thread each, gloo, a deadline, and nobody left behind."""
 
+import functools
 import io
 import multiprocessing
+import os
 import time
 import traceback
 from datetime import timedelta
+from multiprocessing import forkserver
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,6 +17,17 @@ import torch.distributed as dist
 LIMIT = timedelta(seconds=30)
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "bllkern", "torch.distributed.checkpoint"])
+
+
+@functools.cache
+def _start_server():
+    """In this folder: in that of the sources it would import these, and not the package that is tested."""
+    before = os.getcwd()
+    os.chdir(Path(__file__).parent)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.chdir(before)
 
 
 def _child(function, rank, ranks, rendezvous, results, args):
@@ -29,6 +44,7 @@ def _child(function, rank, ranks, rendezvous, results, args):
 
 def start(function, ranks, folder, *args):
     """Processes that run ``function(rank, *args)`` in a process group, and where each will send its result."""
+    _start_server()
     rendezvous = f"file://{folder}/rendezvous-{time.monotonic_ns()}"
     jobs = []
     for rank in range(ranks):

@@ -33,6 +33,11 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
 
 
+def fast(parameters):
+    """For feedback, where it has optimizers of its own."""
+    return torch.optim.SGD(parameters, lr=0.2, momentum=0.5, nesterov=True)
+
+
 def build(name, objective, schedule):
     """A network, a micro-batch, and batches of ``MICRO_BATCHES`` micro-batches, the same in every process."""
     torch.manual_seed(0)
@@ -44,9 +49,9 @@ def build(name, objective, schedule):
     return net, (x, y), [(x[rows], y[rows]) for rows in order]
 
 
-def in_one_process(net, batches, schedule, micro_batches=MICRO_BATCHES):
+def in_one_process(net, batches, schedule, micro_batches=MICRO_BATCHES, feedback=None):
     """The loop as any user writes it."""
-    optimizers = bllkern.optimizers(net, sgd)
+    optimizers = bllkern.optimizers(net, sgd, feedback)
     parts = 1 if schedule == "immediate" else micro_batches
     losses = []
     for x, y in batches:
@@ -63,13 +68,14 @@ def in_one_process(net, batches, schedule, micro_batches=MICRO_BATCHES):
     return torch.stack(losses).view(len(batches), -1).mean(1)
 
 
-def train(rank, cases, ranks):
+def train(rank, cases, ranks, feedback=None):
     """This rank's tensors and losses after training, by case."""
     found = {}
     for case in cases:
         net, example, batches = build(*case)
         mesh = init_device_mesh("cpu", (ranks,))
-        with BlockParallel(net, mesh, optimizer=sgd, example=example, loss=nets.cross_entropy, timeout=20) as parallel:
+        options = {"example": example, "loss": nets.cross_entropy, "feedback": feedback, "timeout": 20}
+        with BlockParallel(net, mesh, optimizer=sgd, **options) as parallel:
             given = batches if parallel.is_first else [(None, None)] * len(batches)
             losses = [parallel.step(x, y, MICRO_BATCHES) for x, y in given]
             output = parallel.predict(example[0] if parallel.is_first else None)
@@ -96,7 +102,23 @@ def test_equals_one_process(ranks, tmp_path):
         assert all(loss is None for found in others for loss in found[1])
 
 
-def train_rows(rank, cases):
+def test_feedback_with_optimizers_of_its_own_equals_one_process(tmp_path):
+    objectives = ("bll", "bll, chained", "bll, fixed, bootstrapping")
+    cases = [("mlp", objective, schedule) for objective in objectives for schedule in ("deferred", "immediate")]
+    results = parallel_ranks.run(train, 2, tmp_path, cases, 2, fast)
+    for case in cases:
+        net, _, batches = build(*case)
+        shared = copy.deepcopy(net)
+        in_one_process(net, batches, case[2], feedback=fast)
+        in_one_process(shared, batches, case[2])
+        trained = {name: tensor for found in results for name, tensor in found[case][0].items()}
+        for name, tensor in net.state_dict().items():
+            torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-10, msg=f"{case}: {name}")
+            moved = "feedback" in name and "fixed" not in case[1]
+            assert not moved or (tensor - shared.state_dict()[name]).abs().max() > 1e-3, name
+
+
+def train_rows(rank, cases, feedback=None):
     """This rank's tensors by case, on a mesh (data, blocks) whose rows see half of every batch each."""
     found = {}
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "blocks"))
@@ -105,7 +127,7 @@ def train_rows(rank, cases):
         if rank >= 2:  # rows that were drawn differently are made equal
             size = sum(p.numel() for p in net.parameters())
             nn.utils.vector_to_parameters(torch.randn(size, dtype=torch.float64), net.parameters())
-        options = {"example": example, "loss": nets.cross_entropy, "after": ["3"], "timeout": 20}
+        options = {"example": example, "loss": nets.cross_entropy, "after": ["3"], "timeout": 20, "feedback": feedback}
         with BlockParallel(net, mesh, optimizer=sgd, **options) as parallel:
             events = note(parallel)
             for x, y in batches:
@@ -125,21 +147,36 @@ def note(parallel):
     return events
 
 
-def test_rows_of_a_mesh_equal_one_row_with_twice_the_batch(tmp_path):
-    cases = [("mlp", "bll", "eager"), ("mlp", "bwbpf", "deferred")]
-    results = parallel_ranks.run(train_rows, 4, tmp_path, cases)
+def assert_rows_equal_one_process(results, cases, feedback=None):
+    """Both rows hold the tensors of one process, which has seen the batches of both."""
     for case in cases:
         net, _, batches = build(*case)
-        in_one_process(net, batches, case[2], 2 * MICRO_BATCHES)
+        in_one_process(net, batches, case[2], 2 * MICRO_BATCHES, feedback)
         expected = net.state_dict()
         for row in (results[:2], results[2:]):
             trained = {name: tensor for found in row for name, tensor in found[case][0].items()}
             assert trained.keys() == expected.keys()
             for name, tensor in expected.items():
                 torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-10, msg=f"{case}: {name}")
+
+
+def test_rows_of_a_mesh_equal_one_row_with_twice_the_batch(tmp_path):
+    cases = [("mlp", "bll", "eager"), ("mlp", "bwbpf", "deferred")]
+    results = parallel_ranks.run(train_rows, 4, tmp_path, cases)
+    assert_rows_equal_one_process(results, cases)
     # gradients of a block are averaged while the next one computes, and once per step
     first_step = results[0][cases[0]][1][:6]
     assert first_step == ["block 0", "block 1", "block 0", "mean 0", "block 1", "mean 1"], first_step
+
+
+def test_rows_of_a_mesh_average_the_gradients_of_feedback_with_optimizers_of_its_own(tmp_path):
+    """Equal to the last place, where each row's own feedback would have drifted off (peers.md)."""
+    cases = [("mlp", "bll, chained", "eager"), ("mlp", "bll with every term", "deferred")]
+    results = parallel_ranks.run(train_rows, 4, tmp_path, cases, fast)
+    assert_rows_equal_one_process(results, cases, fast)
+    for case in cases:
+        for first, second in zip(results[:2], results[2:]):
+            assert all(torch.equal(first[case][0][name], tensor) for name, tensor in second[case][0].items())
 
 
 def train_chained(rank, staleness):
@@ -247,7 +284,9 @@ class Skipping(nn.Module):
 def test_what_cannot_be_divided_is_refused():
     tokens, x = torch.randint(7, (4, 3)), torch.randn(4, 8)
     tied = bllkern.convert(Tied(), ["layer"], 7, "bwbpf")
-    with pytest.raises(RuntimeError, match="the output of the network also reaches 'embedding.weight' of block 'layer'"):
+    with pytest.raises(
+        RuntimeError, match="the output of the network also reaches 'embedding.weight' of block 'layer'"
+    ):
         Layout(tied, (tokens,))
     skipping = bllkern.convert(Skipping(), ["first"], 7, "bwbpf", example=x)
     part = Part(skipping, Layout(skipping, (x,)), 1, 2, print)

@@ -32,7 +32,8 @@ def train(rank, name, ranks, folder, until, die_at=None):
     if folder.exists():  # what is loaded must not be there already
         for parameter in net.parameters():
             torch.nn.init.zeros_(parameter.data)
-    options = {"example": (x, y), "loss": nets.cross_entropy, "timeout": 3}
+    feedback = adamw if name == "mlp" else None
+    options = {"example": (x, y), "loss": nets.cross_entropy, "timeout": 3, "feedback": feedback}
     draw = torch.Generator().manual_seed(7)
     orders = [torch.randperm(len(x), generator=draw) for _ in range(until)]
     with BlockParallel(net, init_device_mesh("cpu", (ranks,)), optimizer=adamw, **options) as parallel:

@@ -9,7 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from .. import models, objectives
+from .. import _native, models, objectives
 from ..cuts import file as cuts_file
 from ..execution.schedules import SCHEDULES
 from . import block_parallel, compare, info, plan, published, reproduce, split, train
@@ -89,6 +89,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if unknown:
             raise UserError(f"unrecognized arguments: {' '.join(unknown)}")
+        if _native.error and args.command != "info":
+            print(f"bllkern {args.command}: {_native.error}: plain torch runs instead, more slowly", file=sys.stderr)
         return args.run(args)
     except (UserError, FloatingPointError) as exception:
         print(f"bllkern {args.command}: error: {' '.join(str(exception).split())}", file=sys.stderr)

@@ -2,6 +2,6 @@
 
 from .isolation import assert_isolated
 from .losses import boundaries, local_loss, local_losses
-from .optim import BlockOptimizers, optimizers
+from .optim import BlockOptimizers, Factory, optimizers
 
-__all__ = ["BlockOptimizers", "assert_isolated", "boundaries", "local_loss", "local_losses", "optimizers"]
+__all__ = ["BlockOptimizers", "Factory", "assert_isolated", "boundaries", "local_loss", "local_losses", "optimizers"]

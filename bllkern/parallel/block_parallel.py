@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..execution.targets import targets
-from ..network import BlockOptimizers, boundaries, local_loss, local_losses
+from ..network import BlockOptimizers, Factory, boundaries, local_loss, local_losses
 from . import balance
 from .exchange import Exchange, MicroBatch
 from .messages import COMPRESSIONS, MessageError
@@ -42,7 +42,8 @@ class BlockParallel:
             two ranks.  This rank trains its own blocks in place, those of other ranks stay as they are.
         mesh: one dimension, the ranks that share the blocks, or two, (data, blocks): rows then train copies on
             different data, gradients are averaged over rows, each block's while the next computes.
-        optimizer: makes the optimizer of each block, as for :func:`bllkern.optimizers`.
+        optimizer, feedback: make the optimizer of each block, and that of each boundary's feedback where it is to have
+            one of its own, as for :func:`bllkern.optimizers`.
         example: one micro-batch ``(x, y)``; ``x`` is a tensor or a tuple of positional inputs.  Gives shapes and costs.
         loss: ``loss(output, y)``, the scalar from which the output block learns.
         after: the blocks with which each rank but the last ends; by default runs of similar seconds, measured.
@@ -61,8 +62,9 @@ class BlockParallel:
         net: nn.Module,
         mesh: DeviceMesh,
         *,
-        optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        optimizer: Factory,
         example: tuple[Tensor | tuple, Tensor],
+        feedback: Factory | None = None,
         loss: Callable[[object, Tensor], Tensor] = F.cross_entropy,
         after: Sequence[str] | None = None,
         staleness: int = 0,
@@ -88,7 +90,7 @@ class BlockParallel:
             raise ValueError(f"schedule must be the same for all blocks, got {sorted(schedules)}")
         self.schedule = schedules.pop()
         self._defers = self.schedule == "deferred" and bool(boundaries(self.part.net))
-        self.optimizers = BlockOptimizers(self.part.net, optimizer)
+        self.optimizers = BlockOptimizers(self.part.net, optimizer, feedback)
         self.watch = Watch(self._labels(layout.names), timeout, agreed(uuid.uuid4().hex))
         self.group = dist.new_group(timeout=timedelta(seconds=timeout), backend="gloo")  # all ranks, for checkpoints
         self._reducers = self._average_over_rows()
@@ -158,11 +160,17 @@ class BlockParallel:
             return self.part(batch.inputs, batch.z)
 
     def block_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """The optimizer of each block of this rank that learns, by the block's name; that of what follows: "output"."""
-        own = {block.name: block.optimizer for block in boundaries(self.part.net).values()}
-        rest = [optimizer for optimizer in self.optimizers if optimizer not in own.values()]
-        found = {**own, "output": rest[0] if rest else None}
-        return {name: optimizer for name, optimizer in found.items() if optimizer is not None}
+        """The optimizers of this rank by the name of the block that they train.
+
+        That of the feedback of block "b" is "b.feedback" where it has one of its own; what follows the last boundary is
+        "output".
+        """
+        found: dict[str, torch.optim.Optimizer] = {}
+        for block in boundaries(self.part.net).values():
+            own = {block.name: block.optimizer, f"{block.name}.feedback": block.feedback_optimizer}
+            found.update({name: optimizer for name, optimizer in own.items() if optimizer is not None})
+        rest = [optimizer for optimizer in self.optimizers if optimizer not in found.values()]
+        return {**found, **{"output": optimizer for optimizer in rest}}
 
     def local_losses(self) -> dict[str, Tensor]:
         """The local losses of this rank's blocks in its last micro-batch, as :func:`bllkern.local_losses`."""
