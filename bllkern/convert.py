@@ -21,7 +21,6 @@ from .cuts import channel_dim, even
 from .cuts import file as cuts_file
 from .execution import guard, sizing, streams
 from .execution import offload as offloading
-from .feedback import CHAINED
 from .network import boundaries
 from .objectives.alignment import watch_output
 
@@ -128,8 +127,8 @@ def _plain(path: str, module: nn.Module) -> nn.Module:
 
 def _chain(net: nn.Module) -> None:
     """Let every chained feedback read the one of the next boundary, and size them all at the first call if need be."""
-    chained = [b.objective for b in boundaries(net).values() if getattr(b.options, "feedback", None) in CHAINED]
-    chained = [objective for objective in chained if objective.feedback is not None]
+    learning = [b.objective for b in boundaries(net).values() if getattr(b.objective, "feedback", None) is not None]
+    chained = [objective for objective in learning if objective.feedback.reads_above]
     for objective, above in zip_longest(chained, chained[1:]):
         objective.feedback.chain(above and above.feedback)
     if chained:

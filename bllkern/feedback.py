@@ -71,6 +71,11 @@ class Feedback(nn.Module):
         self.source: tuple[int, ...] | None = None  # the same of the boundary above
         self.link = LazyWeight(target_features, bias=False, trained=kind != "fixed")
 
+    @property
+    def reads_above(self) -> bool:
+        """Whether its messages are made of those of the boundary above."""
+        return self.kind in CHAINED
+
     def chain(self, above: Feedback | None) -> None:
         """Read the messages of ``above``, or the target where there is none.  To be called before the first message."""
         self._chained = True
@@ -78,7 +83,7 @@ class Feedback(nn.Module):
 
     def initialize(self, features: Tensor, shape: tuple[int, ...] | None) -> None:
         """Size the weights for features [N, D] that flatten maps of ``shape``; the boundary above has its size already."""
-        if self.kind in CHAINED and not self._chained:
+        if self.reads_above and not self._chained:
             raise RuntimeError(f"feedback={self.kind!r} needs bllkern.convert, which knows the boundary above")
         self.width, self.shape = features.shape[1], shape
         if not self._above:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..feedback import CHAINED
 from . import sizing, streams
 
 if TYPE_CHECKING:
@@ -264,9 +263,9 @@ def _check_visits(net: nn.Module, order: list[Boundary]) -> None:
             )
         if boundary.objective is None or not boundary.options.isolate:
             raise ValueError(f"offload: {boundary.label} has an objective that does not isolate: {boundary.options}")
-        kind = getattr(boundary.options, "feedback", None)
-        if kind in CHAINED:
-            raise ValueError(f"offload: feedback={kind!r} reads weights of all blocks above; use 'direct' or 'fixed'")
+        feedback = getattr(boundary.objective, "feedback", None)
+        if feedback is not None and feedback.reads_above:
+            raise ValueError(f"offload: feedback={feedback.kind!r} reads weights of all blocks above; use 'direct' or 'fixed'")
     for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
         if tensor.device.type != "cpu":
             raise ValueError(f"offload: the network must be on the CPU, but {name!r} is on {tensor.device}")
