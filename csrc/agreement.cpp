@@ -1,8 +1,10 @@
 #include "agreement.h"
 
+#include "coarse.h"
 #include "families.h"
 #include "rows.h"
 #include "threads.h"
+#include "two.h"
 
 // The tensors are cut into tiles of fixed size.  Each tile leaves the losses of its units in a buffer of the first
 // cache and one sum in double; the sums are added in order.  So results do not depend on the number of threads.
@@ -52,12 +54,18 @@ template <class T> struct Tensors {
     bool stream;
 };
 
+// What the arithmetic on tensors of type T is done in.
+template <class T> struct Arithmetic { using V = Lanes; };
+template <> struct Arithmetic<BFloat16> { using V = Coarse; };
+
 BLLKERN_INLINE bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kLaneBytes == 0; }
 
 // ---- families whose units stand alone; a unit's parameters lie `units` apart in its row ----
 
 template <class F, class T> struct Separate {
     static constexpr int N = F::kParameters;
+    static constexpr bool kTwo = kLanes >= 16;  // where there are registers enough for two
+    using One = typename Arithmetic<T>::V;
 
     // Runs of whole vectors of units; a vector that crosses the end of a row, or of the tile, is gathered.
     static void score(const Tensors<T>& tensors, const Tiling& tiling, const Tile& tile, float* losses) {
@@ -67,8 +75,11 @@ template <class F, class T> struct Separate {
             int64_t in_row = N == 1 ? tile.units : stride - (tile.begin + i) % stride;
             int64_t left = tile.units - i, run = (in_row < left ? in_row : left) / kLanes * kLanes;
             bool past_caches = t.stream && N == 1 && aligned(t.grad_a + at) && aligned(t.grad_b + at);
-            for (int64_t j = 0; j < run; j += kLanes)
-                store(losses + i + j, score_vector(t, at + j, stride, past_caches));
+            int64_t j = 0;
+            if constexpr (kTwo)
+                for (; j + 2 * kLanes <= run; j += 2 * kLanes)
+                    score_vector<Two<One>>(t, at + j, stride, past_caches, losses + i + j);
+            for (; j < run; j += kLanes) score_vector<One>(t, at + j, stride, past_caches, losses + i + j);
             i += run;
             if (i < tile.units) gather(t, tiling, tile, i, losses);
         }
@@ -80,20 +91,35 @@ template <class F, class T> struct Separate {
         return N == 1 ? unit : unit / tiling.units * tiling.units * N + unit % tiling.units;
     }
 
-    BLLKERN_INLINE Lanes score_vector(const Tensors<T>& t, int64_t at, int64_t stride, bool past_caches) {
-        Lanes a[N], b[N];
-        for (int c = 0; c < N; c++) a[c] = load(t.a + at + c * stride), b[c] = load(t.b + at + c * stride);
-        Agreement<Lanes, N> result = F::agreement(a, b);
+    // Loads V from p; stores it, past the caches where `past` says so.
+    BLLKERN_INLINE void get(Lanes& x, const T* p) { x = load(p); }
+    BLLKERN_INLINE void get(Coarse& x, const T* p) { x = load(p); }
+    template <class L> BLLKERN_INLINE void get(Two<L>& x, const T* p) { get(x.a, p), get(x.b, p + kLanes); }
+
+    BLLKERN_INLINE void put(T* p, Lanes x, bool past) {
+        if (past) stream(p, x);
+        else store(p, x);
+    }
+    BLLKERN_INLINE void put(T* p, Coarse x, bool past) { put(p, x.v, past); }
+    template <class L> BLLKERN_INLINE void put(T* p, Two<L> x, bool past) {
+        put(p, x.a, past), put(p + kLanes, x.b, past);
+    }
+
+    BLLKERN_INLINE void keep(float* p, Lanes x) { store(p, x); }
+    BLLKERN_INLINE void keep(float* p, Coarse x) { store(p, x.v); }
+    template <class L> BLLKERN_INLINE void keep(float* p, Two<L> x) { keep(p, x.a), keep(p + kLanes, x.b); }
+
+    // The units that V holds.
+    template <class V>
+    BLLKERN_INLINE void score_vector(const Tensors<T>& t, int64_t at, int64_t stride, bool past_caches, float* losses) {
+        V a[N], b[N];
+        for (int c = 0; c < N; c++) get(a[c], t.a + at + c * stride), get(b[c], t.b + at + c * stride);
+        Agreement<V, N> result = F::agreement(a, b);
         for (int c = 0; c < N; c++) {
             if (t.grad_a) put(t.grad_a + at + c * stride, result.by_a[c] * t.scale, past_caches);
             if (t.grad_b) put(t.grad_b + at + c * stride, result.by_b[c] * t.scale, past_caches);
         }
-        return result.loss;
-    }
-
-    BLLKERN_INLINE void put(T* p, Lanes x, bool past_caches) {
-        if (past_caches) stream(p, x);
-        else store(p, x);
+        keep(losses, result.loss);
     }
 
     static void gather(const Tensors<T>& t, const Tiling& tiling, const Tile& tile, int64_t i, float* losses) {
@@ -106,7 +132,7 @@ template <class F, class T> struct Separate {
                 a[c * kLanes + l] = t.a[at], b[c * kLanes + l] = t.b[at];
             }
         Tensors<T> local = {a, b, t.grad_a ? grad_a : nullptr, t.grad_b ? grad_b : nullptr, t.scale, false};
-        store(loss, score_vector(local, 0, kLanes, false));
+        score_vector<One>(local, 0, kLanes, false, loss);
         for (int l = 0; l < n; l++) losses[i + l] = loss[l];
         for (int c = 0; c < N; c++)
             for (int l = 0; l < n; l++) {
@@ -148,11 +174,16 @@ template <class T> struct Grouped {
     // e^x of the parameters less their maxima, all at most 1, and e^x - 1 of a and b.
     struct Member { Exponential<Lanes> a, b; Lanes both; };
 
+    BLLKERN_INLINE Exponential<Lanes> exponential(Lanes x) {
+        auto e = exp_nonpositive(typename Arithmetic<T>::V(x));
+        return {(Lanes)e.value, (Lanes)e.minus_one};
+    }
+
     // Here and below a + b keeps what it loses in rounding: of large parameters, that is enough to change a softmax.
     BLLKERN_INLINE Member member(const Three& m, Lanes a, Lanes b) {
         Lanes both = a + b;
-        return {exp_nonpositive(a - m.a), exp_nonpositive(b - m.b),
-                exp_nonpositive((both - m.both) + rounding_of_sum(a, b, both)).value};
+        return {exponential(a - m.a), exponential(b - m.b),
+                exponential((both - m.both) + rounding_of_sum(a, b, both)).value};
     }
 
     // With x and y the exponentials of a and b, softmax(a) - softmax(a + b) of member j is

@@ -12,7 +12,8 @@
 #include <immintrin.h>
 #endif
 
-#define BLLKERN_INLINE static inline __attribute__((always_inline))
+#define BLLKERN_MEMBER inline __attribute__((always_inline))
+#define BLLKERN_INLINE static BLLKERN_MEMBER
 
 namespace bllkern::BLLKERN_ISA {
 

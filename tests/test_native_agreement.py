@@ -110,10 +110,10 @@ def test_against_the_overlap_of_distributions(isa, family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shape", [(3, 34), (65, 30), (1, 2062)], ids=str)
 def test_low_precision(isa, shape, family, dtype):
-    """The loss has float32's error: inputs are exact in float32.  Gradients are rounded once."""
+    """Inputs are exact in float32, gradients are rounded once.  Of bfloat16, the arithmetic is csrc/coarse.h's."""
     a, b = sample(family, shape, dtype), sample(family, shape, dtype)
     loss, by_a, by_b = errors(score(a, b, family, reduction="none"), a, b, family, 0, "none")
-    assert loss <= 1e-6 and max(by_a, by_b) <= ROUNDING[dtype]
+    assert loss <= (2**-16 if dtype == torch.bfloat16 else 1e-6) and max(by_a, by_b) <= ROUNDING[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
