@@ -19,7 +19,7 @@ from .families import Family
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CHAINED = ("chained", "attention")  # which read the messages of the boundary above
-KINDS = ("direct", "fixed", *CHAINED)
+KINDS = ("direct", *CHAINED, "fixed")
 PERIOD = 10_000.0  # of the slowest wave in the position encoding (Vaswani et al., arXiv 1706.03762, section 3.5)
 
 

@@ -345,6 +345,29 @@ def test_compare(tmp_path, capsys):
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+def test_a_killed_comparison_continues(tmp_path, monkeypatch, capsys):
+    train_epoch, trained = loop.Training.train_epoch, []
+
+    def interrupted(self, progress):
+        trained.append((self.recipe.objective, self.recipe.seed))
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return train_epoch(self, progress)
+
+    monkeypatch.setattr(loop.Training, "train_epoch", interrupted)
+    chosen = ["compare", *SMALL, "--objectives", "backprop,bll", "--epochs", "1", "--output", str(tmp_path)]
+    assert main([*chosen, "--seeds", "2"]) == 130 and not (tmp_path / "compare.json").exists()
+    assert main([*chosen, "--seeds", "3"]) == 0  # more seeds continue too
+    done = [(name, seed) for seed in range(3) for name in ("backprop", "bll")]
+    assert trained == done[:3] + done[2:]
+    first = json.loads((tmp_path / "compare.json").read_text())
+    assert [[run["seed"] for run in entry["runs"]] for entry in first["objectives"].values()] == [[0, 1, 2]] * 2
+    assert main([*chosen, "--seeds", "3", "--option", "bll.similarity=2.0"]) == 0
+    assert trained[7:] == done[1::2]  # another objective than before, and the baseline as it was
+    assert main([*chosen, "--lr", "0.1"]) == 2
+    assert "was made with lr=0.004, not 0.1" in capsys.readouterr().err
+
+
 def test_compare_agrees_with_train(tmp_path):
     chosen = ["--objectives", "bwbpf", "--seeds", "1", "--seed", "3", "--output", str(tmp_path / "compare")]
     assert main(["compare", *SMALL, *chosen]) == 0

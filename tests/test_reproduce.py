@@ -54,8 +54,8 @@ def test_published_and_measured_side_by_side(paper, tmp_path, capsys):
 
 def test_it_trains_as_bllkern_train_does(tmp_path):
     assert run(tmp_path, "--seeds", "1") == 0
-    command = ["train", "--objective", "bwbpf", "--train-size", "60", "--test-size", "40", "--batch-size", "20"]
-    assert main([*command, "--epochs", "1", "--output", str(tmp_path / "train")]) == 0
+    command = ["train", "--objective", "bwbpf", "--option", "label_smoothing=0.0", "--output", str(tmp_path / "train")]
+    assert main([*command, "--train-size", "60", "--test-size", "40", "--batch-size", "20", "--epochs", "1"]) == 0
     results = json.loads((tmp_path / "bwbpf-cpu.json").read_text())["results"]
     metrics = json.loads((tmp_path / "train" / "metrics.json").read_text())
     assert results["digits/mlp/bwbpf, isolated/0"]["accuracy"] == metrics[-1]["accuracy"]
@@ -80,7 +80,7 @@ def test_an_interrupted_table_continues(tmp_path, monkeypatch):
     assert partial[3] == "not measured" and all(cell.endswith(" (1 of 2 seeds)") for cell in partial[:3])
     before = json.loads((tmp_path / "bwbpf-cpu.json").read_text())["results"]
     assert len(before) == 3 and run(tmp_path) == 0
-    assert len(trained) == 4 + 5 and trained[4] == ("bwbpf", 0)
+    assert len(trained) == 4 + 5 and trained[4] == ("deep_supervision", 0)
     after = json.loads((tmp_path / "bwbpf-cpu.json").read_text())["results"]
     assert {key: after[key] for key in before} == before and len(after) == 8
     assert run(tmp_path) == 0 and len(trained) == 9

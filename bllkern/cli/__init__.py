@@ -46,7 +46,8 @@ examples:
   bllkern compare --data cifar10 --data-dir ~/data --model convnet --train-size 10000 --test-size 2000 --epochs 5
   bllkern compare --objectives backprop,bll --option bll.similarity=12.0 --output figures
 
-Writes DIR/compare.json, compare.md and compare.png. Memory is what a training step holds beyond what it began with.
+Writes DIR/compare.json, compare.md and compare.png. DIR/compare.journal.json keeps every training: the same command
+continues a killed one. Memory is what a training step holds beyond what it began with.
 
 """
 SPLIT_EXAMPLES = """\

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import statistics
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ import bllkern
 from .checkpoint import write_atomically, write_json
 from .data import Dataset
 from .errors import UserError, user_errors
+from .journal import Journal
 from .loop import Recipe
 from .markdown import mean_and_spread, percent, table
 from .measure import human_bytes, human_time
@@ -33,22 +36,25 @@ def run(args: argparse.Namespace) -> int:
     output, where = Path(args.output), device(args)
     for recipe in recipes.values():  # what the library refuses, it refuses before hours of training
         start(recipe, data, where)
-    with user_errors("--output"):
-        output.mkdir(parents=True, exist_ok=True)
+    protocol = _protocol(args, data, where)
     report = {
-        "protocol": _protocol(args, data, where),
+        "protocol": protocol,
         "objectives": {name: {"options": recipe.options, "runs": []} for name, recipe in recipes.items()},
     }
+    journal = Journal(
+        output / "compare.journal.json", {k: v for k, v in protocol.items() if k not in ("seed", "seeds")}
+    )
     total = args.epochs * args.seeds * len(recipes)
     with tqdm(total=total, disable=None, leave=False, unit="epoch") as bar:
         for seed in range(args.seed, args.seed + args.seeds):
             for name, recipe in recipes.items():
                 bar.set_description(f"{name}, seed {seed}")
-                runs = report["objectives"][name]["runs"]
-                runs.append(_one(dataclasses.replace(recipe, seed=seed), data, where, bar))
+                chosen = dataclasses.replace(recipe, seed=seed)
+                key = json.dumps([name, dataclasses.asdict(bllkern.objectives.get(name, **recipe.options)), seed])
+                run = journal.result(key, partial(_one, chosen, data, where, bar))
+                report["objectives"][name]["runs"].append(run)
                 bar.clear()
-                print(f"{name:16} seed {seed}  {_describe(runs[-1])}", flush=True)
-                write_json(output / "compare.json", report)  # after every run: a killed comparison keeps the others
+                print(f"{name:16} seed {seed}  {_describe(run)}", flush=True)
     for name, entry in report["objectives"].items():
         entry["summary"] = _summary(entry["runs"])
     _add_ratios(report["objectives"])

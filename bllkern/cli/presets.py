@@ -25,7 +25,7 @@ _BLL = {**_SGD, "weight_decay": 1e-4}
 # sign of the similarity and in whether denoising and the readout act).  Not taken over: the output's weight 0.43 and
 # label smoothing, which with isolated blocks scale the output block only; max pooling, which is averaging here.
 PRESETS = {
-    "bwbpf": Preset(_BWBPF, "bwbpf", {}),
+    "bwbpf": Preset(_BWBPF, "bwbpf", {"head": "linear", "label_smoothing": 0.0}),
     "bwbpf-released": Preset(_BWBPF, "deep_supervision", {}),
     "bll-released": Preset(
         _BLL,

@@ -55,8 +55,8 @@ PAPERS = {
         methods={
             "backprop": ("backprop", {}),
             "predsim": ("predsim", {}),
-            "bwbpf, isolated": ("bwbpf", {}),
-            "bwbpf, as released": ("bwbpf", {"isolate": False}),
+            "bwbpf, isolated": ("bwbpf", {"head": "linear", "label_smoothing": 0.0}),
+            "bwbpf, as released": ("deep_supervision", {}),
         },
         note="Published: 400 epochs on CIFAR-10, 200 on Tiny-ImageNet; BP, PredSim, DGL and SEDONA are SEDONA's "
         "figures, under another schedule. The paper's code does not isolate its blocks: what it measured is *as "

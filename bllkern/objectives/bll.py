@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .. import families
 from ..feedback import KINDS
@@ -56,6 +57,7 @@ class BLL(Objective):
     bootstrapping: bool = False
     pool: int = 4
     head: str = "auto"
+    MAP_HEAD: ClassVar[str] = "conv"  # what "auto" is for maps
 
     def __post_init__(self):
         families.get(self.family)

@@ -51,12 +51,12 @@ class LocalLoss(nn.Module):
         self.sized = False
 
     def _reader(self) -> Head | None:
-        """The head that ``recipe.head`` names; ``"auto"`` is a convolution until an activation comes that is no map."""
+        """The head that ``recipe.head`` names; ``"auto"`` is that of maps until an activation comes that is none."""
         if self.recipe.head == "linear" or self.terms == ["denoising"]:
             return None
         if self.recipe.head == "auto" and self.recipe.bootstrapping:
             return None
-        kind = "conv" if self.recipe.head == "auto" else self.recipe.head
+        kind = self.recipe.MAP_HEAD if self.recipe.head == "auto" else self.recipe.head
         return Head(kind, self.target_features, self.recipe.pool)
 
     def extra_repr(self):
@@ -79,7 +79,7 @@ class LocalLoss(nn.Module):
 
     def _map_shape(self, z: Tensor, features: Tensor) -> tuple[int, ...] | None:
         """[channels, *spatial] of the maps that features [N, D] flatten, if they do."""
-        if not is_map(z, self.channel_dim) or self.recipe.head == "mlp":
+        if not is_map(z, self.channel_dim) or self.reader is not None and self.reader.kind == "mlp":
             return None
         spatial = [min(side, self.recipe.pool) for side in z.shape[2:]]
         return (features.shape[1] // math.prod(spatial), *spatial)
