@@ -32,6 +32,62 @@ def test_equal_blocks_take_what_the_papers_say(stages, micro_batches):
         assert found.bubble == pytest.approx(1 - work / seconds, abs=1e-9), method
 
 
+def one_f_one_b(stages, micro_batches, cores):
+    """Seconds of 1F1B, played: every stage does its operations in order, those that can run share the cores equally."""
+    orders = [_order(min(stages - place, micro_batches), micro_batches) for place in range(stages)]
+    done, left, now = set(), [None] * stages, 0.0
+    while any(orders):
+        runs = [p for p, order in enumerate(orders) if order and _needs(*order[0], p, stages) <= done]
+        left = [
+            (1.0 if orders[p][0][0] == "F" else 2.0) if p in runs and left[p] is None else left[p]
+            for p in range(stages)
+        ]
+        rate = min(1.0, cores / len(runs))
+        passed = min(left[p] for p in runs)
+        now += passed / rate
+        for p in runs:
+            left[p] -= passed
+            if left[p] < 1e-9:
+                done.add((*orders[p].pop(0), p))
+                left[p] = None
+    return now
+
+
+def _order(ahead, micro_batches):
+    order = [("F", micro) for micro in range(ahead)]
+    for micro in range(micro_batches):
+        order.append(("B", micro))
+        order += [("F", ahead + micro)] if ahead + micro < micro_batches else []
+    return order
+
+
+def _needs(kind, micro, place, stages):
+    if kind == "F":
+        return {("F", micro, place - 1)} if place else set()
+    return {("B", micro, place + 1)} if place + 1 < stages else {("F", micro, place)}
+
+
+@pytest.mark.parametrize("stages, cores", [(4, 4), (4, 2), (4, 1), (8, 2), (8, 4)])
+@pytest.mark.parametrize("micro_batches", [8, 16])
+def test_devices_share_cores(stages, cores, micro_batches):
+    blocks = EQUAL[:stages]
+    options = {"blocks": blocks, "devices": stages, "bandwidth": FAST, "micro_batches": micro_batches, "cores": cores}
+    assert predict("1F1B", **options).seconds == pytest.approx(one_f_one_b(stages, micro_batches, cores))
+    work = micro_batches * 3.0 * stages / cores
+    assert predict("block-parallel", **options).seconds == pytest.approx(work)
+    assert predict("data-parallel", **options).seconds == pytest.approx(work)
+    assert work <= predict("zero-bubble", **options).seconds <= predict("1F1B", **options).seconds
+
+
+def test_messages_are_work_for_devices_that_share_cores():
+    """A message of 100 bytes takes 2 s, beside the 3 s of a block's local learning."""
+    options = {"blocks": EQUAL[:2], "devices": 2, "bandwidth": 50.0, "micro_batches": 8}
+    assert predict("block-parallel", **options).seconds == pytest.approx(8 * 3.0)
+    assert predict("block-parallel", **options, cores=2).seconds == pytest.approx(8 * 5.0)
+    assert predict("block-parallel", **options, cores=1).seconds == pytest.approx(8 * 10.0)
+    assert predict("1F1B", **options, cores=1).seconds == pytest.approx(8 * 14.0)
+
+
 def test_memory_is_that_of_one_block_or_of_all_that_wait():
     memory = {method: predict(method, EQUAL, 4, FAST, micro_batches=8).memory for method in METHODS}
     held = 3 * 2 * 50  # parameters, gradients and momenta of two blocks
@@ -65,6 +121,7 @@ def test_faster_links_are_never_slower_and_rows_share_the_work(method):
         ({"devices": 0}, "devices must be positive, got 0"),
         ({"bandwidth": -1}, "bandwidth must be positive, got -1"),
         ({"micro_batches": 0}, "micro_batches must be positive, got 0"),
+        ({"cores": 0}, "cores must be positive, got 0"),
     ],
 )
 def test_mistakes_are_named(options, message):
@@ -86,13 +143,30 @@ def test_blocks_are_counted_exactly():
 
 
 def test_the_command_writes_a_table_and_a_plot(tmp_path, capsys):
-    options = ["--model", "mlp", "--devices", "20", "--bandwidth", "100M", "--batch-size", "4", "--threads", "1"]
+    options = [
+        "--model",
+        "mlp",
+        "--devices",
+        "20",
+        "--bandwidth",
+        "100M",
+        "--batch-size",
+        "4",
+        "--threads",
+        "1",
+        "--cores",
+        "2",
+    ]
     threads = torch.get_num_threads()
     assert main(["plan", *options, "--output", str(tmp_path)]) == 0
     torch.set_num_threads(threads)
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "plan.json").read_text())
-    assert len(report["predictions"]) == 4 * 6 and report["options"]["bandwidth"] == 1e8
+    assert (
+        len(report["predictions"]) == 4 * 6
+        and report["options"]["bandwidth"] == 1e8
+        and report["options"]["cores"] == 2
+    )
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert all(method in printed for method in METHODS)
     assert main(["plan", "--bandwidth", "fast"]) == 2

@@ -240,6 +240,12 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         "--bandwidth", type=_bandwidth, default=1e9, metavar="B", help="bits per second of a link, as 100M; default: 1G"
     )
     add("--latency", type=_non_negative_float, default=0.0, metavar="S", help="seconds of a link; default: 0")
+    add(
+        "--cores",
+        type=_positive_int,
+        metavar="N",
+        help="that all devices share, as processes of one machine; default: own",
+    )
     add("--batch-size", type=_positive_int, default=16, metavar="N", help="of a micro-batch; default: 16")
     add("--micro-batches", type=_positive_int, default=4, metavar="N", help="in a step; default: 4")
     add("--seed", type=_non_negative_int, default=0, metavar="N", help="of weights and inputs; default: 0")

@@ -36,7 +36,13 @@ def run(args: argparse.Namespace) -> int:
         output.mkdir(parents=True, exist_ok=True)
     options = {name: getattr(args, name) for name in ("model", "objective", "batch_size", "micro_batches")}
     report = {
-        "options": {**options, "bandwidth": args.bandwidth, "latency": args.latency, "devices": args.devices},
+        "options": {
+            **options,
+            "bandwidth": args.bandwidth,
+            "latency": args.latency,
+            "devices": args.devices,
+            "cores": args.cores,
+        },
         "blocks": [dataclasses.asdict(block) for block in blocks],
         "predictions": [dataclasses.asdict(prediction) for row in table for prediction in row],
     }
@@ -64,8 +70,8 @@ def _blocks(args: argparse.Namespace) -> list[Block]:
 
 
 def _all(blocks: list[Block], args: argparse.Namespace, devices: int, bandwidth: float) -> list[Prediction]:
-    link = {"bandwidth": bandwidth / 8, "latency": args.latency}
-    return [predict(method, blocks, devices, **link, micro_batches=args.micro_batches) for method in METHODS]
+    options = {"latency": args.latency, "micro_batches": args.micro_batches, "cores": args.cores}
+    return [predict(method, blocks, devices, bandwidth / 8, **options) for method in METHODS]
 
 
 def _block_table(blocks: list[Block], args: argparse.Namespace) -> str:

@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..execution.targets import targets
 from ..network import BlockOptimizers, Factory, boundaries, local_loss, local_losses
 from . import balance
+from . import shard as sharding
 from .exchange import Exchange, MicroBatch
 from .messages import COMPRESSIONS, MessageError
 from .part import Layout, Part
@@ -50,6 +51,9 @@ class BlockParallel:
         staleness: steps by which a chained feedback message may be behind; 0 makes every rank wait for the one after it
             once per step.  Without chained feedback every value gives the same, which is the result of one process.
         compress: ``None``, ``"bf16"`` or ``"fp8"`` (e4m3 with one scale a message) for activations on their way.
+        shard: divide parameters, gradients and optimizer states among the rows of a mesh (data, blocks) by FSDP2,
+            instead of a copy in each (see :mod:`bllkern.parallel.shard`).  ``part.tensors()`` then has the trained
+            numbers, as ``DTensor``; ``net`` keeps the old ones.
         timeout: seconds that another rank may let this one wait, in any call.
 
     Raises: ``ValueError`` for arguments that do not fit each other or the network.  All methods raise ``ParallelError``
@@ -69,9 +73,10 @@ class BlockParallel:
         after: Sequence[str] | None = None,
         staleness: int = 0,
         compress: str | None = None,
+        shard: bool = False,
         timeout: float = 60.0,
     ):
-        _check(mesh, staleness, compress, timeout)
+        _check(mesh, staleness, compress, shard, timeout)
         self.rows = mesh.mesh.view(-1, mesh.mesh.shape[-1]).tolist()
         self.row = next(i for i, row in enumerate(self.rows) if dist.get_rank() in row)
         self.place = self.rows[self.row].index(dist.get_rank())
@@ -90,10 +95,14 @@ class BlockParallel:
             raise ValueError(f"schedule must be the same for all blocks, got {sorted(schedules)}")
         self.schedule = schedules.pop()
         self._defers = self.schedule == "deferred" and bool(boundaries(self.part.net))
-        self.optimizers = BlockOptimizers(self.part.net, optimizer, feedback)
         self.watch = Watch(self._labels(layout.names), timeout, agreed(uuid.uuid4().hex))
+        column = self._column("gloo") if len(self.rows) > 1 else None
+        if column is not None:  # rows begin with the same numbers
+            broadcast(self.part.tensors().values(), column)
+        self._sharded = sharding.shard(self.part, self._column(None), mesh.device_type) if shard else []
+        self.optimizers = BlockOptimizers(self.part.net, optimizer, feedback)
+        self._reducers = [] if column is None else [Reducer(o, column, self.watch) for o in self.optimizers]
         self.group = dist.new_group(timeout=timedelta(seconds=timeout), backend="gloo")  # all ranks, for checkpoints
-        self._reducers = self._average_over_rows()
         device = example[1].device
         atexit.register(self._abandon)
         self._exchange = Exchange(self.rows, self.part, self.watch, inputs, device, staleness, compress)
@@ -102,14 +111,10 @@ class BlockParallel:
         blocks = [", ".join(map(repr, names[start:end])) for start, end in pairwise(self.starts)]
         return {rank: f"rank {rank} (blocks {blocks[i]})" for row in self.rows for i, rank in enumerate(row)}
 
-    def _average_over_rows(self) -> list[Reducer]:
-        if len(self.rows) == 1:
-            return []
-        columns = [list(column) for column in zip(*self.rows)]
+    def _column(self, backend: str | None) -> dist.ProcessGroup:
+        """A process group of the ranks that hold the same blocks as this one."""
         limit = timedelta(seconds=self.watch.timeout)
-        group = [dist.new_group(column, limit, backend="gloo") for column in columns][self.place]
-        broadcast(self.part.tensors().values(), group)
-        return [Reducer(optimizer, group, self.watch) for optimizer in self.optimizers]
+        return [dist.new_group(list(column), limit, backend) for column in zip(*self.rows)][self.place]
 
     @property
     def is_first(self) -> bool:
@@ -157,7 +162,10 @@ class BlockParallel:
         self.part.net.eval()
         with torch.no_grad(), self._reporting():
             batch = self._take("eval", 0, self._split(x, None, 1)[0], {})
-            return self.part(batch.inputs, batch.z)
+            output = self.part(batch.inputs, batch.z)
+        for module in self._sharded:  # which a backward pass does otherwise
+            module.reshard()
+        return output
 
     def block_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """The optimizers of this rank by the name of the block that they train.
@@ -218,14 +226,20 @@ class BlockParallel:
         self._exchange.feedback(self.steps)
         losses = []
         for micro, given in enumerate(batches):
-            for reducer in self._reducers:
-                reducer.enabled = micro == len(batches) - 1
+            self._average(micro == len(batches) - 1)
             batch = self._take("train", micro, given, options)
             losses += self._learn(batch, 1 / len(batches))
         self.optimizers.step()
         self.optimizers.zero_grad()
         self.steps += 1
         return losses
+
+    def _average(self, enabled: bool) -> None:
+        """Whether the next gradients complete those of the step, which are then averaged over the rows."""
+        for reducer in self._reducers:
+            reducer.enabled = enabled
+        for module in self._sharded:
+            module.set_requires_gradient_sync(enabled)
 
     def _take(self, kind: str, micro: int, given: tuple, options: dict) -> MicroBatch:
         if self.is_first:
@@ -257,12 +271,17 @@ class BlockParallel:
             raise
         except MessageError as error:
             raise self.watch.blame(self.rows[self.row][self.place - 1], error) from error
+        except RuntimeError as error:
+            if self._sharded and "gloo" in str(error):  # FSDP2's own collectives
+                raise self.watch.lost([row[self.place] for row in self.rows], error) from error
+            self.watch.report(error)
+            raise
         except Exception as error:
             self.watch.report(error)
             raise
 
 
-def _check(mesh: DeviceMesh, staleness: int, compress: str | None, timeout: float) -> None:
+def _check(mesh: DeviceMesh, staleness: int, compress: str | None, shard: bool, timeout: float) -> None:
     if not isinstance(mesh, DeviceMesh) or mesh.ndim > 2:
         dims = mesh.ndim if isinstance(mesh, DeviceMesh) else type(mesh).__name__
         raise ValueError(f"mesh must be a DeviceMesh of dimensions (blocks) or (data, blocks), got {dims}")
@@ -270,6 +289,8 @@ def _check(mesh: DeviceMesh, staleness: int, compress: str | None, timeout: floa
         raise ValueError(f"staleness must be a count of steps, got {staleness!r}")
     if compress not in COMPRESSIONS:
         raise ValueError(f"compress must be one of {list(COMPRESSIONS)}, got {compress!r}")
+    if shard and (mesh.ndim == 1 or mesh.mesh.shape[0] == 1):
+        raise ValueError(f"shard=True needs a mesh (data, blocks) of two rows or more, got {list(mesh.mesh.shape)}")
     if not 0 < timeout < float("inf"):
         raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}")
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .block_parallel import BlockParallel
 
@@ -62,7 +63,7 @@ def load(parallel: BlockParallel, folder: str | Path, **extra: Tensor) -> int:
     wrong = [name for name, tensor in own.items() if name in stored and stored[name].size != tensor.shape]
     if missing or wrong:
         raise ValueError(f"{path} is of another network: it lacks {missing}, has other shapes for {wrong}")
-    state = own | {name: _room(stored[name]) for name in _optimizer_names(parallel, stored)}
+    state = own | _optimizer_room(parallel, stored)
     state |= _groups(parallel) | {f"extra.{name}": tensor for name, tensor in extra.items()}
     if _random() in stored:
         state[_random()] = torch.get_rng_state()
@@ -113,8 +114,15 @@ def _optimizer_names(parallel: BlockParallel, stored: dict) -> list[str]:
     return [name for name in stored if name.rpartition("/")[0] in prefixes]
 
 
-def _room(stored) -> Tensor:
-    return torch.empty(stored.size, dtype=stored.properties.dtype)
+def _optimizer_room(parallel: BlockParallel, stored: dict) -> dict[str, Tensor]:
+    """Tensors for the optimizer states of this rank; those like a sharded parameter are divided as it is."""
+    parameters, room = _names(parallel), {}
+    for key in _optimizer_names(parallel, stored):
+        parameter = parameters[key.removeprefix("optimizer.").rpartition("/")[0]]
+        size, dtype = stored[key].size, stored[key].properties.dtype
+        divided = isinstance(parameter, DTensor) and parameter.shape == size
+        room[key] = torch.empty_like(parameter.detach(), dtype=dtype) if divided else torch.empty(size, dtype=dtype)
+    return room
 
 
 def _groups(parallel: BlockParallel) -> dict[str, str]:

@@ -63,8 +63,8 @@ class _Uses(TorchFunctionMode):
 class Layout:
     """The blocks of a network: which tensors and modules belong to each, found by running it once on ``inputs``.
 
-    ``names``: the boundary at the end of each block, then ``"output"``.  ``owners``: the block of every entry of
-    ``named_parameters`` and ``named_buffers``.  Raises ``ValueError`` for a network without boundaries, or one whose
+    ``names``: the boundary at the end of each block, then ``"output"``.  ``owners``: the blocks of every entry of
+    ``named_parameters`` and ``named_buffers``.  ``called``: the paths of modules that were called.  Raises ``ValueError`` for a network without boundaries, or one whose
     losses are not isolated.
     """
 
@@ -92,6 +92,7 @@ class Layout:
         self._places = {name: i for i, name in enumerate(self.paths)}
         self.chained = any(getattr(b.options, "feedback", None) == "chained" for b in boundaries(net).values())
         self.target_features = next(iter(boundaries(net).values())).objective.target_features
+        self.called = {path for path, module in net.named_modules() if id(module) in self.uses.entered}
         self.owners = {name: self._owner(net, name, tensor) for name, tensor in _tensors(net)}
 
     def _owner(self, net: nn.Module, name: str, tensor: Tensor) -> set[int]:

@@ -14,12 +14,17 @@ the link between neighbours, L its latency in seconds:
 
 More devices than stages are rows of a mesh: each row takes its share of the micro-batches, and gradients of a stage are
 averaged over its column, overlapped with what the stage computes.
+
+Devices may be processes of one machine, which share its ``cores``.  A message is work then, for the one that sends as
+for the one that receives.  With fewer cores than devices, none of them idles while any device has work: the work of all
+devices is divided by the number of cores, and a pipeline fills and drains as one of as many stages as there are cores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from ..cuts import balanced
 
@@ -63,32 +68,44 @@ def predict(
     latency: float = 0.0,
     micro_batches: int = 4,
     states: int = 3,
+    cores: int | None = None,
 ) -> Prediction:
     """Predict one method; see the module.
 
     Args: bandwidth: bytes per second.  latency: seconds.  states: tensors as large as a parameter that training holds
-    (parameter, gradient, momentum).
+    (parameter, gradient, momentum).  cores: that all devices share, each with the speed of a device; by default each
+    device has its own.
     Raises: ``ValueError`` for a method that is not known, or a number that is not positive.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    for name, value in (("devices", devices), ("bandwidth", bandwidth), ("micro_batches", micro_batches)):
-        if not value > 0:
+    for name, value in (
+        ("devices", devices),
+        ("bandwidth", bandwidth),
+        ("micro_batches", micro_batches),
+        ("cores", cores),
+    ):
+        if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
     link = _Link(bandwidth, latency)
     if method == "data-parallel":
-        return _data_parallel(blocks, devices, link, micro_batches, states)
+        return _data_parallel(blocks, devices, link, micro_batches, states, cores)
     stages = _stages(blocks, min(devices, len(blocks)), method)
+    if cores is not None:
+        stages = _with_messages(stages, link)
     rows = devices // len(stages)
     shares = micro_batches / rows  # below 1: rows take parts of a micro-batch
     compute = _pipeline if method != "block-parallel" else _block_parallel
     seconds = compute(method, stages, link, shares)
     reduction = max(link.mean(stage.parameters, rows) for stage in stages)
+    used = rows * len(stages)
+    used = rows * len(stages)
     seconds = max(seconds, reduction)
+    if cores is not None and cores < used:
+        seconds = max(seconds, _on_cores(method, stages, micro_batches, min(1.0, shares), cores))
     busy = shares * sum(stage.busy(method) for stage in stages) / len(stages)
     kept = min(1.0, shares) * max(_kept(method, i, stages, shares, states) for i in range(len(stages)))
     held = max(states * stage.parameters for stage in stages)
-    used = rows * len(stages)
     return Prediction(method, used, len(stages), seconds, 1 - busy / seconds, int(kept + held))
 
 
@@ -151,6 +168,23 @@ def _pipeline(method: str, stages: list[_Stage], link: _Link, shares: float) -> 
     return shares * max(slowest, sent) + (bubble / 3 if method == "zero-bubble" else bubble) + messages
 
 
+def _with_messages(stages: list[_Stage], link: _Link) -> list[_Stage]:
+    """The stages, where sending and receiving take the processor's time: activations forward, gradients backward."""
+    sizes = [0, *(stage.message for stage in stages[:-1]), 0]
+    seconds = [(received + sent) / link.bandwidth for received, sent in pairwise(sizes)]
+    return [
+        replace(s, forward=s.forward + extra, backward=s.backward + extra, local=s.local + extra)
+        for s, extra in zip(stages, seconds, strict=True)
+    ]
+
+
+def _on_cores(method: str, stages: list[_Stage], micro_batches: int, part: float, cores: int) -> float:
+    """Seconds in which ``cores`` do the work of all stages; ``part`` of a micro-batch fills a pipeline."""
+    work = sum(stage.busy(method) for stage in stages)
+    ends = {"block-parallel": 0.0, "1F1B": 1.0, "zero-bubble": 1 / 3}[method]
+    return micro_batches * work / cores + ends * part * (min(cores, len(stages)) - 1) * work / len(stages)
+
+
 def _kept(method: str, place: int, stages: list[_Stage], shares: float, states: int) -> float:
     """Bytes of activations: of the largest block, or of every micro-batch that waits for its backward pass."""
     if method == "block-parallel":
@@ -159,10 +193,13 @@ def _kept(method: str, place: int, stages: list[_Stage], shares: float, states: 
     return stages[place].activations * min(len(stages) - place, max(1.0, shares))
 
 
-def _data_parallel(blocks: Sequence[Block], devices: int, link: _Link, micro_batches: int, states: int) -> Prediction:
+def _data_parallel(
+    blocks: Sequence[Block], devices: int, link: _Link, micro_batches: int, states: int, cores: int | None
+) -> Prediction:
     whole = _stage(blocks)
     shares = micro_batches / devices
-    forward, backward = shares * whole.forward, shares * whole.backward
+    turns = max(1.0, devices / (cores or devices))  # in which devices have a core
+    forward, backward = turns * shares * whole.forward, turns * shares * whole.backward
     seconds = forward + max(backward, link.mean(whole.parameters, devices))
     memory = min(1.0, shares) * whole.activations + states * whole.parameters
-    return Prediction("data-parallel", devices, 1, seconds, 1 - (forward + backward) / seconds, int(memory))
+    return Prediction("data-parallel", devices, 1, seconds, 1 - (forward + backward) / turns / seconds, int(memory))

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .watch import Watch
 
@@ -15,12 +16,13 @@ class Reducer:
     """The gradients of one optimizer's parameters, reduced together as soon as the last of them is there.
 
     ``optimizer.step()`` waits for the mean and then steps with it; it raises ``ParallelError`` if a rank is lost.
+    Parameters that are sharded over the group have their mean from FSDP2.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup, watch: Watch):
         self.enabled = True  # off while gradients of a step are still being accumulated
         self._group, self._watch, self._work, self._flat = group, watch, None, None
-        self._parameters = [p for g in optimizer.param_groups for p in g["params"]]
+        self._parameters = [p for g in optimizer.param_groups for p in g["params"] if not isinstance(p, DTensor)]
         self._ready: set[int] = set()
         for parameter in self._parameters:
             parameter.register_post_accumulate_grad_hook(self._note)
@@ -38,6 +40,8 @@ class Reducer:
         self._work = dist.all_reduce(self._flat, group=self._group, async_op=True)
 
     def _finish(self) -> None:
+        if not self._parameters:
+            return
         if self._work is None:  # a parameter without a gradient: the last one never came
             self._start()
         try:
