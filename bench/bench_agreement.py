@@ -1,14 +1,16 @@
 """agreement: families, sizes and dtypes, forward and forward with backward, against plain torch."""
 
 import math
+from statistics import median
 
 import pytest
+import torch
 import torch.nn.functional as F
 
 from bllkern import families
 from bllkern.functional import agreement
 
-from common import compared, provider
+from common import compared, provider, seconds, step
 
 LARGE = {"cpu": (8192, 2048), "cuda": (32768, 4096)}
 MEDIUM = (512, 2048)
@@ -23,6 +25,22 @@ def plain(name, a, b):
     return (f.A(a) + f.A(b) - f.A2(a + b)).mean()
 
 
+def arithmetic_seconds(bench, name, elements):
+    """What a step of so many elements takes on these threads where nothing waits for memory.
+
+    By the difference, which leaves out what a call costs, of two sizes that one thread's cache holds.
+    """
+    threads, times = torch.get_num_threads(), {}
+    torch.set_num_threads(1)
+    for rows in (2, 32):
+        inputs = tuple(families.get(name).natural(bench.randn(rows, 2048)) for _ in range(2))
+        run = step(lambda a, b: agreement(a, b, name), inputs, bench.backward)
+        times[rows * 2048] = median(seconds(run, "cpu", rounds=200))
+    torch.set_num_threads(threads)
+    (few, fast), (many, slow) = times.items()
+    return (slow - fast) / (many - few) * elements / threads
+
+
 @compared()
 @pytest.mark.parametrize("name, size", SIZES, ids=lambda value: str(value).replace(" ", ""))
 def test_agreement(bench, which, name, size):
@@ -34,3 +52,6 @@ def test_agreement(bench, which, name, size):
     function = provider(which, lambda a, b: plain(name, a, b), lambda a, b: agreement(a, b, name))
     tensors = 4 if bench.backward else 2
     bench(f"agreement {name} {size}", function, inputs, tensors * math.prod(shape) * bench.dtype.itemsize)
+    if size == "large" and which == "bllkern" and bench.device == "cpu":
+        bound = arithmetic_seconds(bench, name, math.prod(shape))
+        bench.benchmark.extra_info["fraction_of_arithmetic_bound"] = bound / bench.benchmark.stats.stats.median
