@@ -53,5 +53,4 @@ def test_agreement(bench, which, name, size):
     tensors = 4 if bench.backward else 2
     bench(f"agreement {name} {size}", function, inputs, tensors * math.prod(shape) * bench.dtype.itemsize)
     if size == "large" and which == "bllkern" and bench.device == "cpu":
-        bound = arithmetic_seconds(bench, name, math.prod(shape))
-        bench.benchmark.extra_info["fraction_of_arithmetic_bound"] = bound / bench.benchmark.stats.stats.median
+        bench.bound("its arithmetic", arithmetic_seconds(bench, name, math.prod(shape)))

@@ -4,6 +4,7 @@ On a GPU also against Liger-Kernel and cut-cross-entropy, where they are install
 """
 
 from importlib.util import find_spec
+from statistics import median
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 from bllkern.functional import linear_cross_entropy
 
-from common import compared, provider
+from common import compared, provider, seconds
 
 SHAPES = [  # features, classes
     ((16, 64), 10),
@@ -43,6 +44,21 @@ PACKAGES = {"liger_kernel": liger, "cut_cross_entropy": cut}
 INSTALLED = [name for name in PACKAGES if find_spec(name)]
 
 
+def product_seconds(bench, x, weight):
+    """What the matrix products alone take, over as many rows as a tile of ours has where classes are many."""
+    part = x[:1024]
+    logits = torch.empty(len(part), len(weight), dtype=x.dtype)
+    by_weight, by_x = torch.zeros_like(weight), torch.empty_like(part)
+
+    def products():
+        torch.mm(part, weight.T, out=logits)
+        if bench.backward:
+            torch.mm(logits, weight, out=by_x)
+            by_weight.addmm_(logits.T, part)
+
+    return median(seconds(products, "cpu", rounds=5)) * len(x) / len(part)
+
+
 @compared(*INSTALLED)
 @pytest.mark.parametrize("shape, classes", SHAPES, ids=str)
 def test_linear_cross_entropy(bench, which, shape, classes):
@@ -57,3 +73,5 @@ def test_linear_cross_entropy(bench, which, shape, classes):
     function = PACKAGES.get(which) or provider(which, plain, linear_cross_entropy)
     moved = 2 * read if bench.backward else read
     bench(f"linear_cross_entropy {list(shape)} {classes}", function, inputs, moved)
+    if which == "bllkern" and bench.device == "cpu" and classes > 10_000:
+        bench.bound("its products", product_seconds(bench, *inputs()[:2]))

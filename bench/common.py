@@ -216,6 +216,11 @@ class Bench:
         self.benchmark.pedantic(run, rounds=rounds, iterations=iterations)
         self._report(device, peak, bytes_moved)
 
+    def bound(self, name: str, seconds: float) -> None:
+        """Report the part of what was just measured that ``name`` alone takes."""
+        fraction = seconds / self.benchmark.stats.stats.median
+        self.benchmark.extra_info.update(bound=name, fraction_of_bound=fraction)
+
     def _report(self, device: str, peak: int, bytes_moved: int) -> None:
         bandwidth, seconds = self.bandwidth(device), self.benchmark.stats.stats.median
         self.benchmark.extra_info.update(

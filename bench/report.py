@@ -44,8 +44,8 @@ def _row(case: str, providers: dict[str, dict]) -> tuple[str, ...]:
     eager_peak = providers.get("eager", {}).get("extra_info", {}).get("peak_memory_bytes")
     memory = f"{eager_peak / peak:.1f}" if eager_peak and peak else "-"
     bounds = f"{info['fraction_of_copy_bandwidth']:.0%}"
-    if "fraction_of_arithmetic_bound" in info:
-        bounds += f" (of the arithmetic alone: {info['fraction_of_arithmetic_bound']:.0%})"
+    if "bound" in info:
+        bounds += f" ({info['bound']}: {info['fraction_of_bound']:.0%})"
     return case, _time(median), *gains, memory, bounds
 
 
