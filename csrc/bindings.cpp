@@ -17,6 +17,7 @@
 #include "normalize.h"
 #include "plain_tensor.h"
 #include "prototypes.h"
+#include "spatial_mean.h"
 
 namespace py = pybind11;
 using namespace bllkern;
@@ -189,6 +190,13 @@ void prototypes_at(int64_t x, int64_t labels, int64_t prototypes, int64_t counts
     without_lock_if_long(rows * width, [&] { BLLKERN_DISPATCH(prototypes)(job); });
 }
 
+template <class Pass> auto with_spatial_mean_job(Pass pass) {
+    return [pass](int64_t x, int64_t mean, int64_t maps, int64_t places, int dtype) {
+        SpatialMeanJob job = {pointer<void>(x), pointer<void>(mean), maps, places, static_cast<DType>(dtype)};
+        without_lock_if_long(maps * places, [&] { pass(job); });
+    };
+}
+
 // A function of one job, whose members are its arguments; of each pass some are 0.
 template <class Pass> auto with_batch_norm_job(Pass pass) {
     return [pass](int64_t x, int64_t weight, int64_t bias, int64_t mean, int64_t variance, int64_t z, int64_t features,
@@ -237,6 +245,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("gram_error", &gram_error_at);
     m.def("sum_of_squares", &sum_of_squares_at);
     m.def("prototypes", &prototypes_at);
+    m.def("spatial_mean", with_spatial_mean_job([](const auto& job) { BLLKERN_DISPATCH(spatial_mean)(job); }));
+    m.def("spread_mean", with_spatial_mean_job([](const auto& job) { BLLKERN_DISPATCH(spread_mean)(job); }));
 #if BLLKERN_CUDA_BUILT
     m.def("agreement_cuda_partials", with_agreement_job(&agreement_cuda_partials));
     m.def("agreement_cuda", with_agreement_job<int64_t, int64_t>([](const auto& job, int64_t partials, int64_t stream) {

@@ -28,7 +28,7 @@ def linear_cross_entropy(
     """The op ``linear_cross_entropy`` of ``bllkern/_ops.py`` on the CPU."""
     classes, width = weight.shape
     pooled = x.dim() > 2
-    features = x.flatten(2).mean(2) if pooled else x
+    features = _spatial_mean(x) if pooled else x
     small = classes <= _SMALL_CLASSES or x.shape[0] * width * classes <= _SMALL_PRODUCTS
     loss, by_x, by_weight, by_bias = (_whole if small else _by_tiles)(
         features,
@@ -118,8 +118,18 @@ def _by_tiles(features, weight, bias, target, settings, wanted):
     return torch.scalar_tensor(loss, dtype=torch.float32), *gradients
 
 
+def _spatial_mean(x: Tensor) -> Tensor:
+    """The mean over space [N, D] of x [N, D, *spatial]."""
+    maps, places = x.shape[:2], x.shape[2:].numel()
+    if not x.is_contiguous() or not places:
+        return x.flatten(2).mean(2)
+    mean = x.new_empty(maps)
+    _C.spatial_mean(x.data_ptr(), mean.data_ptr(), maps.numel(), places, DTYPES[x.dtype])
+    return mean
+
+
 def _spread(by_mean: Tensor, x: Tensor) -> Tensor:
     """The gradient by x [N, D, *spatial] of a mean over space whose gradient is ``by_mean`` [N, D]."""
-    space = x.shape[2:]
-    by_mean = by_mean / max(space.numel(), 1)
-    return empty(x.shape, x, x.dtype).copy_(by_mean[(..., *[None] * len(space))].expand(x.shape))
+    by_x = empty(x.shape, x, x.dtype)
+    _C.spread_mean(by_x.data_ptr(), by_mean.data_ptr(), by_mean.numel(), x.shape[2:].numel(), DTYPES[x.dtype])
+    return by_x
