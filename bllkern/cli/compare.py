@@ -141,7 +141,7 @@ def _markdown(report: dict) -> str:
         f"{protocol['test_size']:,} {protocol['held_out']} samples, {protocol['epochs']} epochs, batches of "
         f"{protocol['batch_size']}, {protocol['optimizer']} ({protocol['lr_schedule']}, learning rate up to "
         f"{protocol['lr']:g}), {protocol['seeds']} seeds; torch {protocol['torch']} on {protocol['device']}, "
-        f"{protocol['threads']} threads{precision}."
+        f"threads: {protocol['threads']}{precision}."
     )
     return f"{settings}\n\n{table(HEAD, rows)}\n"
 
