@@ -57,10 +57,10 @@ def test_sharded_rows_equal_one_process(tmp_path):
         micro_batches = MICRO_BATCHES if case[2] == "immediate" else 2 * MICRO_BATCHES
         in_one_process(net, in_rows(batches[:STEPS]), case[2], micro_batches)
         assert_rows_hold(results, case, net.state_dict())
-        for (_, *first), (_, *second) in zip(*([found[case] for found in row] for row in (results[:2], results[2:]))):
-            parameters, of_first, of_second = first[0], first[1:], second[1:]
-            assert parameters > 0 and [a + b for a, b in zip(of_first, of_second)] == [parameters] * 2, case
-            assert of_first[0] <= 0.6 * parameters, case
+        for place in (0, 1):
+            (parameters, *first), (_, *second) = (results[rank][case][1:] for rank in (place, place + 2))
+            assert parameters > 0 and [a + b for a, b in zip(first, second)] == [parameters] * 2, case
+            assert first[0] <= 0.6 * parameters, case
 
 
 def in_rows(batches):
