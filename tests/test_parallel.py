@@ -147,17 +147,21 @@ def note(parallel):
     return events
 
 
+def assert_rows_hold(results, case, expected):
+    """Both rows of a 2 x 2 mesh hold the expected tensors."""
+    for row in (results[:2], results[2:]):
+        trained = {name: tensor for found in row for name, tensor in found[case][0].items()}
+        assert trained.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-10, msg=f"{case}: {name}")
+
+
 def assert_rows_equal_one_process(results, cases, feedback=None):
     """Both rows hold the tensors of one process, which has seen the batches of both."""
     for case in cases:
         net, _, batches = build(*case)
         in_one_process(net, batches, case[2], 2 * MICRO_BATCHES, feedback)
-        expected = net.state_dict()
-        for row in (results[:2], results[2:]):
-            trained = {name: tensor for found in row for name, tensor in found[case][0].items()}
-            assert trained.keys() == expected.keys()
-            for name, tensor in expected.items():
-                torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-10, msg=f"{case}: {name}")
+        assert_rows_hold(results, case, net.state_dict())
 
 
 def test_rows_of_a_mesh_equal_one_row_with_twice_the_batch(tmp_path):

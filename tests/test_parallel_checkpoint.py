@@ -8,7 +8,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 import bllkern
-from bllkern.parallel import BlockParallel, load, newest, save
+from bllkern.parallel import BlockParallel, ParallelError, load, newest, save
 
 import nets
 import parallel_ranks
@@ -97,4 +97,38 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     folder = tmp_path / "checkpoints"
     parallel_ranks.run(train, 1, tmp_path, "mlp", 1, folder, 1)
     (message,) = parallel_ranks.run(load_another, 1, tmp_path, folder)
-    assert "is of another network: it lacks" in message and "net.0.module.0.weight" in message
+    assert "is of another network or of other optimizers: it lacks" in message and "net.0.module.0.weight" in message
+
+
+def load_with_another_optimizer(rank, folder):
+    net, x, y = build("mlp")
+    mesh = init_device_mesh("cpu", (1,))
+    with BlockParallel(net, mesh, optimizer=adamw, example=(x, y), loss=nets.cross_entropy, timeout=3) as parallel:
+        before = {name: tensor.clone() for name, tensor in parallel.part.tensors().items()}
+        parallel.steps = 7
+        save(parallel, folder)
+    net, x, y = build("mlp")
+    with pytest.raises(ValueError) as error:
+        load(BlockParallel(net, mesh, optimizer=adamw, feedback=adamw, example=(x, y), timeout=3), folder)
+    assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in before.items())
+    return str(error.value)
+
+
+def test_a_checkpoint_of_other_optimizers_is_refused(tmp_path):
+    (message,) = parallel_ranks.run(load_with_another_optimizer, 1, tmp_path, tmp_path / "checkpoints")
+    assert "of other optimizers: it lacks ['options.1.feedback', 'options.3.feedback'" in message
+
+
+def fail_to_save(rank, folder):
+    net, x, y = build("mlp")
+    options = {"example": (x, y), "loss": nets.cross_entropy, "timeout": 3}
+    parallel = BlockParallel(net, init_device_mesh("cpu", (2,)), optimizer=adamw, **options)
+    with pytest.raises(ParallelError) as error:
+        save(parallel, folder)
+    return str(error.value)
+
+
+def test_a_checkpoint_that_cannot_be_written_names_a_rank(tmp_path):
+    (tmp_path / "file").write_text("")
+    for message in parallel_ranks.run(fail_to_save, 2, tmp_path, tmp_path / "file"):
+        assert "rank 0 (blocks" in message and "could not read or write the checkpoint" in message, message

@@ -12,7 +12,7 @@ from bllkern.parallel import BlockParallel, ParallelError, load, save
 
 import nets
 import parallel_ranks
-from test_parallel import MICRO_BATCHES, build, in_one_process, sgd
+from test_parallel import MICRO_BATCHES, assert_rows_hold, build, in_one_process, sgd
 
 CASES = [("mlp", "bll, chained", "eager"), ("mlp", "bwbpf", "immediate"), ("mlp", "bll", "deferred")]
 CASES += [("transformer", "bll", "eager")]
@@ -56,16 +56,11 @@ def test_sharded_rows_equal_one_process(tmp_path):
         net, _, batches = build(*case)
         micro_batches = MICRO_BATCHES if case[2] == "immediate" else 2 * MICRO_BATCHES
         in_one_process(net, in_rows(batches[:STEPS]), case[2], micro_batches)
-        expected = net.state_dict()
-        for row in (results[:2], results[2:]):
-            trained = {name: tensor for found in row for name, tensor in found[case][0].items()}
-            assert trained.keys() == expected.keys()
-            for name, tensor in expected.items():
-                torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-10, msg=f"{case}: {name}")
-        for (_, *first), (_, *second) in zip(*([found[case] for found in row] for row in (results[:2], results[2:]))):
-            parameters, of_first, of_second = first[0], first[1:], second[1:]
-            assert parameters > 0 and [a + b for a, b in zip(of_first, of_second)] == [parameters] * 2, case
-            assert of_first[0] <= 0.6 * parameters, case
+        assert_rows_hold(results, case, net.state_dict())
+        for place in (0, 1):
+            (parameters, *first), (_, *second) = (results[rank][case][1:] for rank in (place, place + 2))
+            assert parameters > 0 and [a + b for a, b in zip(first, second)] == [parameters] * 2, case
+            assert first[0] <= 0.6 * parameters, case
 
 
 def in_rows(batches):

@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from .block_parallel import BlockParallel
+from .watch import ParallelError
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -26,7 +28,7 @@ _NAME = re.compile(r"step-(\d{8,})")
 def save(parallel: BlockParallel, folder: str | Path, **extra: Tensor) -> Path:
     """Write a checkpoint of the step reached into ``folder``; to be called by all ranks.  Returns its path.
 
-    ``extra``: tensors of the caller's, the same on all ranks.
+    ``extra``: tensors of the caller's, the same on all ranks.  Raises ``ParallelError`` if some rank cannot write.
     """
     path = Path(folder) / f"step-{parallel.steps:08d}"
     state = {f"net.{name}": tensor for name, tensor in parallel.part.tensors().items()}
@@ -50,7 +52,8 @@ def load(parallel: BlockParallel, folder: str | Path, **extra: Tensor) -> int:
     """Continue from the newest checkpoint in ``folder``, whatever number of ranks wrote it; to be called by all ranks.
 
     Returns the number of steps done, 0 where there is no checkpoint.  ``extra`` is overwritten with what was saved.
-    Random numbers continue if the number of ranks is the same.  Raises ``ValueError`` for a checkpoint of another network.
+    Random numbers continue if the number of ranks is the same.  Raises ``ValueError`` for a checkpoint of another
+    network or of other optimizers, ``ParallelError`` for one that some rank cannot read.
     """
     chosen = [newest(folder)]
     dist.broadcast_object_list(chosen, src=0, group=parallel.group)  # rank 0 writes the metadata, so it knows
@@ -59,12 +62,15 @@ def load(parallel: BlockParallel, folder: str | Path, **extra: Tensor) -> int:
     path = chosen[0]
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     own = {f"net.{name}": tensor for name, tensor in parallel.part.tensors().items()}
-    missing = sorted(own.keys() - stored.keys())
+    own |= {f"extra.{name}": tensor for name, tensor in extra.items()}
+    groups = _groups(parallel)
+    missing = sorted((own.keys() | groups.keys()) - stored.keys())
     wrong = [name for name, tensor in own.items() if name in stored and stored[name].size != tensor.shape]
     if missing or wrong:
-        raise ValueError(f"{path} is of another network: it lacks {missing}, has other shapes for {wrong}")
-    state = own | _optimizer_room(parallel, stored)
-    state |= _groups(parallel) | {f"extra.{name}": tensor for name, tensor in extra.items()}
+        raise ValueError(
+            f"{path} is of another network or of other optimizers: it lacks {missing}, has other shapes for {wrong}"
+        )
+    state = own | groups | _optimizer_room(parallel, stored)
     if _random() in stored:
         state[_random()] = torch.get_rng_state()
     with _together(parallel) as group:
@@ -76,9 +82,13 @@ def load(parallel: BlockParallel, folder: str | Path, **extra: Tensor) -> int:
 
 @contextmanager
 def _together(parallel: BlockParallel):
-    """All ranks as a process group; what fails in it is the fault of one that is lost."""
+    """All ranks as a process group; what fails in it is the fault of a rank that is lost, or that says so itself."""
     try:
         yield parallel.group
+    except CheckpointException as error:  # which is no Exception
+        rank, (cause, _) = next(iter(error.failures.items()))
+        failed = ParallelError(f"{parallel.watch.labels[rank]} could not read or write the checkpoint: {cause}")
+        raise parallel.watch.report(failed) from error
     except RuntimeError as error:
         raise parallel.watch.lost(dist.get_process_group_ranks(parallel.group), error) from error
 

@@ -122,7 +122,7 @@ class Part:
     """Blocks ``first`` up to, not including, ``last`` of a network.
 
     ``net`` is a copy that shares the parameters and buffers of these blocks with the original.  ``hand_on(z)`` is called
-    with the activation that leaves, detached, as soon as it is there; the local loss of the last block follows it.
+    with the activation [B, ...] that leaves, detached, as soon as it is there; the local loss of the last block follows it.
     """
 
     def __init__(self, net: nn.Module, layout: Layout, first: int, last: int, hand_on: Callable[[Tensor], None]):
@@ -179,8 +179,8 @@ class Part:
     def __call__(self, inputs: tuple, received: Tensor | None) -> object:
         """Run the blocks; the network's output, or ``None`` where another rank computes it.
 
-        Args: inputs: of the network, on the meta device but for the first rank.  received: activation from the rank
-        before.  Raises ``MessageError`` if its shape is not what the blocks before would have given.
+        Args: inputs: of the network [B, ...], on the meta device but for the first rank.  received: activation
+        [B, *entry_shape[1:]] from the rank before.  Raises ``MessageError`` if its shape is not what the blocks before would have given.
         """
         self.received = received
         try:

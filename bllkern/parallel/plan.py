@@ -104,7 +104,7 @@ def predict(
     if cores is not None and cores < used:
         seconds = max(seconds, _on_cores(method, stages, micro_batches, min(1.0, shares), cores))
     busy = shares * sum(stage.busy(method) for stage in stages) / len(stages)
-    kept = min(1.0, shares) * max(_kept(method, i, stages, shares, states) for i in range(len(stages)))
+    kept = min(1.0, shares) * max(_kept(method, i, stages, shares) for i in range(len(stages)))
     held = max(states * stage.parameters for stage in stages)
     return Prediction(method, used, len(stages), seconds, 1 - busy / seconds, int(kept + held))
 
@@ -185,7 +185,7 @@ def _on_cores(method: str, stages: list[_Stage], micro_batches: int, part: float
     return micro_batches * work / cores + ends * part * (min(cores, len(stages)) - 1) * work / len(stages)
 
 
-def _kept(method: str, place: int, stages: list[_Stage], shares: float, states: int) -> float:
+def _kept(method: str, place: int, stages: list[_Stage], shares: float) -> float:
     """Bytes of activations: of the largest block, or of every micro-batch that waits for its backward pass."""
     if method == "block-parallel":
         received = 3 * stages[place - 1].message if place else 0  # one to work on, two in the queue

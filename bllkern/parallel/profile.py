@@ -26,7 +26,10 @@ def profile(
     loss: Callable[[object, Tensor], Tensor],
     repeats: int = 5,
 ) -> list[Block]:
-    """The blocks of ``net``, cut as by :func:`bllkern.convert`, on the micro-batch ``x``, ``y``; least of ``repeats``."""
+    """The blocks of ``net``, cut as by :func:`bllkern.convert`, on the micro-batch ``x`` [B, ...], ``y`` [B] or [B, T].
+
+    Seconds are the least of ``repeats`` runs in this process, on its own: a machine whose cores all work may be slower.
+    """
     local = convert(net, cuts, target_features, objective, example=x)
     joint = convert(net, list(boundaries(local)), target_features, "backprop")
     layout = Layout(local, (x,))
