@@ -58,6 +58,12 @@ def weighted_features(x, weight, bias):
     return (features * torch.arange(1.0, features.numel() + 1).view(features.shape).sqrt()).sum()
 
 
+def weighted_activation(x, weight, bias, shortcut):
+    z, features, *_ = BF.batch_norm_relu(x, weight, bias, pool=2, shortcut=shortcut.to(x.dtype))
+    weighted = z * torch.arange(1.0, z.numel() + 1).view(z.shape).sqrt()
+    return weighted.sum(dtype=features.dtype) + features.square().sum()
+
+
 def block(family, reduction="mean", bias=True):
     def call(x, weight, b, bias=None):
         return BF.linear_agreement(x, weight, bias, b, family, reduction)[1]
@@ -97,7 +103,11 @@ CASES = [
     Case("prototypes", "prototypes", lambda x: weighted_prototypes(x, LABELS), ((7, 5),)),
 ]
 CASES.append(Case("batch_norm_relu", "batch_norm_relu", weighted_features, ((3, 4, 5, 6), (4,), (4,))))
-LOSSES = [case for case in CASES if case.op not in ("prototypes", "batch_norm_relu")]  # ops that return a loss with its gradients
+UNIT = (3, 4, 5, 6), (4,), (4,), (3, 4, 5, 6)
+CASES.append(Case("batch_norm_relu-shortcut", "batch_norm_relu", weighted_activation, UNIT))
+LOSSES = [
+    case for case in CASES if case.op not in ("prototypes", "batch_norm_relu")
+]  # ops that return a loss with its gradients
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -165,7 +175,7 @@ def test_only_what_is_asked_for_is_computed(case, backend):
         leaves = [x.clone().requires_grad_(i == j) for j, x in enumerate(inputs)]
         with Results() as results:
             case.call(*leaves)
-        (_, *gradients), = results.kept
+        ((_, *gradients),) = results.kept
         assert [j for j, gradient in enumerate(gradients) if gradient is not None] == ([i] if i >= 0 else [])
 
 
@@ -277,7 +287,7 @@ def empty(case):
     if case.op == "similarity_matching":
         return lambda x: BF.similarity_matching(x, no_labels), (x,)
     if case.op == "batch_norm_relu":
-        return case.call, (x, *others)
+        return case.call, (x, *others[:2], *(shortcut[:0] for shortcut in others[2:]))
     if case.op == "prototypes":
         return lambda x: weighted_prototypes(x, no_labels), (x,)
     return case.call, (x,)
@@ -335,10 +345,14 @@ def raw_calls(op, wanted):
         for layout in (torch.contiguous_format, torch.channels_last):
             images = images.contiguous(memory_format=layout)
             if op == "batch_norm_relu":
-                yield images, bias, bias, 1e-5, 2, True, 2
+                yield images, bias, bias, None, 1e-5, 2, True, 2
+                yield images, bias, bias, torch.randn_like(images), 1e-5, 1, False, 0
             else:
-                gradients = torch.randn(2, 6, 2, 2), bias, bias
-                yield images, bias, bias, torch.randn(6), torch.rand(6), *gradients, 1e-5, 2, True
+                given = images, bias, bias, torch.randn(6), torch.rand(6)
+                kept, by_features = torch.rand(2, 2, 6, 2, 2), torch.randn(2, 6, 2, 2)
+                yield *given, *kept, None, None, by_features, 1e-5, 2, True, wanted, False
+                yield *given, *kept, images.relu(), images, by_features, 1e-5, 1, False, wanted, True
+                yield *given, *kept[..., :0, :0], None, images[..., :3, :2], None, 1e-5, 2, True, wanted, False
     elif op == "prototypes":
         yield x, LABELS, 5, -100
         yield transposed, LABELS, 4, -100
