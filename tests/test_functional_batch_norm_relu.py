@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from bllkern import _native, backends
 from bllkern.functional import batch_norm_relu
 
-from checks import LOW_PRECISION, Results, assert_matches_float64, assert_no_worse_than_eager, relative_l2
+from checks import (
+    LOW_PRECISION,
+    Results,
+    assert_matches_float64,
+    assert_no_worse_than_eager,
+    relative_l2,
+    value_and_gradients,
+)
 
 pytestmark = pytest.mark.op("batch_norm_relu")
 
@@ -177,6 +184,15 @@ def test_gradcheck_of_a_shortcut():
     tensors = [t.requires_grad_() for t in (x, weight, bias, torch.randn_like(x))]
     for pool in (0, 2):
         assert torch.autograd.gradcheck(lambda *t: shortcuts(pool)[0](*t), tensors)
+
+
+def test_a_shortcut_compiles_into_one_graph():
+    torch.compiler.reset()
+    own = weighted_z(shortcuts(2)[0])
+    compiled = torch.compile(own, fullgraph=True, backend="aot_eager")
+    tensors = *block((2, 3, 5, 6)), torch.randn(2, 3, 5, 6)
+    for one, e in zip(value_and_gradients(compiled, *tensors), value_and_gradients(own, *tensors), strict=True):
+        torch.testing.assert_close(one, e, rtol=1e-4, atol=1e-5)
 
 
 def test_only_the_gradients_that_are_needed(backend):
