@@ -27,14 +27,17 @@ SCHEMAS = {
     # losses, float32 (or float64); z = x @ weight.T + bias, loss, gradients by z and b
     "linear_agreement": "(Tensor x, Tensor weight, Tensor? bias, Tensor b, Tensor? row_weights, str family,"
     " int group_size, str reduction, bool grad_z, bool grad_b) -> (Tensor, Tensor, Tensor?, Tensor?)",
-    # x: [N, C, H, W], weight, bias: [C]; z = max_pool(relu(batch_norm(x))), features = adaptive_avg_pool(z) to at most
-    # `pool` places a side, mean and variance [C] of the batch; and like features, for the gradient, the share of places
-    # where z > 0 and the mean of normalised x there.  All but z are in the dtype of a loss.
-    "batch_norm_relu": "(Tensor x, Tensor weight, Tensor bias, float eps, int max_pool, bool ceil_mode, int pool)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    # by_features, by_weight, by_bias: gradients; what is returned is the gradient by x
-    "batch_norm_relu_gradient": "(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor variance,"
-    " Tensor by_features, Tensor by_weight, Tensor by_bias, float eps, int max_pool, bool ceil_mode) -> Tensor",
+    # x: [N, C, H, W], weight, bias: [C], shortcut: like x, where max_pool is 1; z = max_pool(relu(batch_norm(x) +
+    # shortcut)), features = adaptive_avg_pool(z) to at most `pool` places a side (0: none), mean and variance [C] of the
+    # batch; and like features, for the gradient, the share of places where z > 0 and the mean of normalised x there.  All
+    # but z are in the dtype of a loss.
+    "batch_norm_relu": "(Tensor x, Tensor weight, Tensor bias, Tensor? shortcut, float eps, int max_pool, bool ceil_mode,"
+    " int pool) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # z: of the op above where it had a shortcut; by_z, by_features: gradients.  What is returned are the gradients by x,
+    # shortcut, weight and bias, the last two in the dtype of a loss.
+    "batch_norm_relu_gradient": "(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor variance, Tensor active,"
+    " Tensor along, Tensor? z, Tensor? by_z, Tensor? by_features, float eps, int max_pool, bool ceil_mode, bool grad_x,"
+    " bool grad_shortcut) -> (Tensor?, Tensor?, Tensor, Tensor)",
     # x: [N, D], target: [N] or [N, E]
     "similarity_matching": "(Tensor x, Tensor target, int ignore_index, bool grad_x) -> (Tensor, Tensor?)",
     # x: [N, D]
@@ -90,16 +93,30 @@ def pooled_shape(x: Tensor, max_pool: int, ceil_mode: bool, pool: int) -> tuple[
     return [*x.shape[:2], *sides], [*x.shape[:2], *(min(side, pool) for side in sides)]
 
 
-def _batch_norm_relu(x, weight, bias, eps, max_pool, ceil_mode, pool):
+def _batch_norm_relu(x, weight, bias, shortcut, eps, max_pool, ceil_mode, pool):
     z, features = pooled_shape(x, max_pool, ceil_mode, pool)
     statistics, kept = (x.shape[1],), features
     return x.new_empty(z), *(_loss(x, shape) for shape in (features, statistics, statistics, kept, kept))
 
 
 def _batch_norm_relu_gradient(
-    x, weight, bias, mean, variance, by_features, by_weight, by_bias, eps, max_pool, ceil_mode
+    x,
+    weight,
+    bias,
+    mean,
+    variance,
+    active,
+    along,
+    z,
+    by_z,
+    by_features,
+    eps,
+    max_pool,
+    ceil_mode,
+    grad_x,
+    grad_shortcut,
 ):
-    return _like(x, True)
+    return _like(x, grad_x), _like(x, grad_shortcut), _loss(x, weight.shape), _loss(x, bias.shape)
 
 
 def _similarity_matching(x, target, ignore_index, grad_x):

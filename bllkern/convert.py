@@ -19,7 +19,7 @@ from . import objectives
 from .blocks import BlockLocal, Boundary
 from .cuts import channel_dim, even
 from .cuts import file as cuts_file
-from .execution import guard, sizing, streams
+from .execution import epilogue, guard, sizing, streams
 from .execution import offload as offloading
 from .network import boundaries
 from .objectives.alignment import watch_output
@@ -82,7 +82,8 @@ def convert(
             block.local.objective.match(module)
         return block
 
-    converted = _replace(net, {name: end_block for name in names})
+    fused = _residual_units(net, names) if options.isolate and options.local else []
+    converted = _replace(net, dict.fromkeys(fused, _attach) | dict.fromkeys(names, end_block))
     _chain(converted)
     streams.attach(converted)
     if isinstance(options, objectives.DirectFeedbackAlignment):
@@ -114,7 +115,8 @@ def unwrap(net: nn.Module) -> nn.Module:
     local = {
         path: _plain for path, module in net.named_modules() if isinstance(getattr(module, "local", None), Boundary)
     }
-    plain = _replace(net, local)
+    fused = {path: _detach for path, module in net.named_modules() if epilogue.attached(module)}
+    plain = _replace(net, local | fused)
     streams.detach(plain)
     offloading.detach(plain)
     guard.remove(plain)
@@ -123,6 +125,22 @@ def unwrap(net: nn.Module) -> nn.Module:
 
 def _plain(path: str, module: nn.Module) -> nn.Module:
     return module.plain()
+
+
+def _residual_units(net: nn.Module, names: list[str]) -> list[str]:
+    """The residual units in which no block ends: their forward pass need not be that of their class."""
+    units = [path for path, module in net.named_modules() if path and epilogue.is_residual(module)]
+    return [path for path in units if not any(name == path or name.startswith(path + ".") for name in names)]
+
+
+def _attach(path: str, module: nn.Module) -> nn.Module:
+    epilogue.attach(module)
+    return module
+
+
+def _detach(path: str, module: nn.Module) -> nn.Module:
+    epilogue.detach(module)
+    return module
 
 
 def _chain(net: nn.Module) -> None:

@@ -199,14 +199,16 @@ template <class Pass> auto with_spatial_mean_job(Pass pass) {
 
 // A function of one job, whose members are its arguments; of each pass some are 0.
 template <class Pass> auto with_batch_norm_job(Pass pass) {
-    return [pass](int64_t x, int64_t weight, int64_t bias, int64_t mean, int64_t variance, int64_t z, int64_t features,
-                  int64_t active, int64_t along, int64_t by_features, int64_t by_weight, int64_t by_bias, int64_t grad_x,
-                  int64_t images, int64_t channels, int64_t height, int64_t width, int64_t out_height, int64_t out_width,
-                  int64_t bins_down, int64_t bins_across, int window, float eps, int dtype) {
+    return [pass](int64_t x, int64_t weight, int64_t bias, int64_t shortcut, int64_t mean, int64_t variance, int64_t z,
+                  int64_t features, int64_t active, int64_t along, int64_t by_z, int64_t by_features, int64_t by_weight,
+                  int64_t by_bias, int64_t grad_x, int64_t grad_shortcut, int64_t images, int64_t channels, int64_t height,
+                  int64_t width, int64_t out_height, int64_t out_width, int64_t bins_down, int64_t bins_across, int window,
+                  float eps, int dtype) {
         BatchNormReluJob job = {pointer<const void>(x), pointer<const float>(weight), pointer<const float>(bias),
-                                pointer<float>(mean), pointer<float>(variance), pointer<void>(z), pointer<float>(features),
-                                pointer<float>(active), pointer<float>(along), pointer<const float>(by_features),
-                                pointer<const float>(by_weight), pointer<const float>(by_bias), pointer<void>(grad_x),
+                                pointer<const void>(shortcut), pointer<float>(mean), pointer<float>(variance),
+                                pointer<void>(z), pointer<float>(features), pointer<float>(active), pointer<float>(along),
+                                pointer<const void>(by_z), pointer<const float>(by_features), pointer<float>(by_weight),
+                                pointer<float>(by_bias), pointer<void>(grad_x), pointer<void>(grad_shortcut),
                                 images, channels, height, width, out_height, out_width, bins_down, bins_across, window,
                                 eps, static_cast<DType>(dtype)};
         without_lock_if_long(images * channels * height * width, [&] { pass(job); });

@@ -9,6 +9,7 @@ from bllkern.models.resnet import BasicBlock, ResNet
 from bllkern.models.transformer import Transformer
 from bllkern.models.vgg import VGG
 from bllkern.models.vit import VisionTransformer
+from bllkern.network import boundaries
 from bllkern.objectives import BLL
 
 CLASSES = 5
@@ -71,7 +72,7 @@ def train(net, x, y, steps, momentum=0.0, **given):
         optimizers.zero_grad()
         with bllkern.targets(y, **given):
             loss = net(x).square().mean()
-        if net[0].local.schedule == "deferred":
+        if any(boundary.schedule == "deferred" for boundary in boundaries(net).values()):
             loss = loss + bllkern.local_loss(net)
         loss.backward()
         optimizers.step()

@@ -1,4 +1,4 @@
-"""Blocks that end with batch normalisation, ReLU and max pooling: one pass, against the modules one after the other."""
+"""Blocks whose normalisation, shortcut, ReLU and max pooling are one pass, against the modules one after the other."""
 
 import copy
 
@@ -10,6 +10,7 @@ import bllkern
 import nets
 from bllkern import backends
 from bllkern.execution import epilogue
+from bllkern.models import resnet as models
 from bllkern.objectives import BLL
 
 from checks import record_calls
@@ -34,12 +35,13 @@ def blocks(*ends):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, CLASSES))
 
 
-def compare(net, x, monkeypatch, objective="bll", schedule="eager"):
-    cuts = [str(i) for i in range(len(net) - 3)]
+def compare(net, x, monkeypatch, objective="bll", schedule="eager", cuts=None):
+    cuts = cuts or [str(i) for i in range(len(net) - 3)]
     one = bllkern.convert(net, cuts, CLASSES, objective, schedule, example=x)
     other = copy.deepcopy(one)
     losses = nets.train(one, x, Y, 2)
-    monkeypatch.setattr(epilogue, "of", lambda module: None)
+    monkeypatch.setattr(epilogue, "run", lambda module, x, side: (module(x), None))
+    monkeypatch.setattr(epilogue, "_residual", lambda unit, x, side: (type(unit).forward(unit, x), None))
     for loss, expected in zip(losses, nets.train(other, x, Y, 2), strict=True):
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     for (name, value), expected in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
@@ -83,30 +85,101 @@ def norm(**options):
 
 
 @pytest.mark.parametrize(
-    "modules",
+    "modules, fused_to",
     [
-        [norm(), nn.GELU()],
-        [norm(affine=False), nn.ReLU()],
-        [norm(momentum=None), nn.ReLU()],
-        [norm().eval(), nn.ReLU()],
-        [norm(), nn.ReLU(), nn.MaxPool2d(3, 2)],
-        [norm(), nn.ReLU(), nn.MaxPool2d(2, padding=1)],
-        [norm(), nn.ReLU(), nn.MaxPool2d((1, 2))],
-        [norm(), nn.ReLU(), nn.MaxPool2d(5)],
-        [norm(), nn.ReLU(), nn.Dropout2d()],
-        [nn.GroupNorm(2, 6), nn.ReLU()],
-        [nn.ReLU()],
-        [],
+        ([norm(), nn.GELU()], 0),
+        ([norm(affine=False), nn.ReLU()], 0),
+        ([norm(momentum=None), nn.ReLU()], 0),
+        ([norm().eval(), nn.ReLU()], 0),
+        ([norm(), nn.ReLU(), nn.MaxPool2d(3, 2)], 2),
+        ([norm(), nn.ReLU(), nn.MaxPool2d(2, padding=1)], 2),
+        ([norm(), nn.ReLU(), nn.MaxPool2d((1, 2))], 2),
+        ([norm(), nn.ReLU(), nn.MaxPool2d(5)], 2),
+        ([norm(), nn.ReLU(), nn.Dropout2d()], 2),
+        ([norm(), nn.ReLU(), norm(), nn.ReLU(), nn.Conv2d(6, 6, 3)], 4),
+        ([nn.GroupNorm(2, 6), nn.ReLU()], 0),
+        ([nn.ReLU()], 0),
+        ([], 0),
     ],
     ids=str,
 )
-def test_other_ends_run_as_they_are(modules):
-    assert epilogue.of(nn.Sequential(*modules)) is None
+def test_other_ends_run_as_they_are(fused, modules, fused_to):
+    x, module = torch.randn(3, 6, 11, 10), nn.Sequential(*modules)
+    same = copy.deepcopy(module)
+    torch.manual_seed(0)
+    z, pooled = epilogue.run(module, x, 4)
+    torch.manual_seed(0)
+    torch.testing.assert_close(z, same(x))
+    for buffer, expected in zip(module.buffers(), same.buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected)
+    assert pooled is None and len(fused) == (fused_to / 2 if NATIVE else 0)
 
 
-@pytest.mark.parametrize("which", [0, 1, 2, 3])
-def test_a_hook_sees_what_it_has_to_see(which):
+@pytest.mark.parametrize("which", [0, 1, 2, 3, 4])
+def test_a_hook_sees_what_it_has_to_see(fused, which):
     module = nn.Sequential(nn.Conv2d(3, 6, 3), norm(), nn.ReLU(), nn.MaxPool2d(2))
-    assert epilogue.of(module) is not None
-    module[which].register_forward_hook(lambda *_: None)
-    assert (epilogue.of(module) is None) == (which > 0)
+    seen = []
+    hooked = (*module, module)[which]
+    hooked.register_forward_hook(lambda module, args, output: seen.append(output))
+    epilogue.run(module, torch.randn(2, 3, 8, 8), 4)
+    assert len(seen) == 1 and len(fused) == (which in (0, 3) if NATIVE else 0)
+
+
+def residual(kind, planes=4):
+    return models.ResNet(kind, (2, 2), CLASSES, (3, 8, 8), planes)
+
+
+def torchvisions(kind):
+    resnet = pytest.importorskip("torchvision.models.resnet")
+    net = resnet.ResNet(getattr(resnet, kind), [2, 1, 1, 1], num_classes=CLASSES, width_per_group=64)
+    return net.requires_grad_()
+
+
+UNITS = {"BasicBlock": models.BasicBlock, "Bottleneck": models.Bottleneck}
+
+
+@pytest.mark.parametrize("schedule", ["eager", "deferred", "immediate"])
+@pytest.mark.parametrize("kind, planes, passes", [("BasicBlock", 4, 2), ("BasicBlock", 64, 1), ("Bottleneck", 4, 3)])
+def test_residual_units_learn_as_they_would(fused, monkeypatch, kind, planes, passes, schedule):
+    net, x = residual(UNITS[kind], planes), torch.randn(12, 3, 8, 8)
+    compare(net, x, monkeypatch, "bwbpf", schedule, ["layer1.1", "layer2.0"])
+    # in two steps of four units; wide ones normalise within the second convolution
+    assert len(fused) == (2 * 4 * passes if NATIVE else 0)
+
+
+@pytest.mark.parametrize("kind", UNITS)
+def test_torchvisions_units_too(fused, monkeypatch, kind):
+    compare(torchvisions(kind), torch.randn(12, 3, 32, 32), monkeypatch, "bwbpf", "eager", ["layer1", "layer3"])
+    assert len(fused) >= (2 * 5 if NATIVE else 0)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_residual_units_under_autocast(autocast):
+    net = bllkern.convert(
+        residual(models.BasicBlock), ["layer1.0", "layer2.0"], CLASSES, example=torch.randn(2, 3, 8, 8)
+    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), bllkern.targets(Y):
+        net(torch.randn(12, 3, 8, 8)).float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_the_networks_own_units_stay_as_they_are():
+    x, plain = torch.randn(12, 3, 8, 8), residual(models.BasicBlock)
+    net = bllkern.convert(plain, ["layer1.0"], CLASSES, example=x[:2])
+    attached = [name for name, module in net.named_modules() if epilogue.attached(module)]
+    assert attached == ["layer1.1", "layer2.0", "layer2.1"]
+    twin = copy.deepcopy(net)
+    assert all(twin.get_submodule(name).forward.__self__ is twin.get_submodule(name) for name in attached)
+    bllkern.assert_isolated(net, x, Y)
+    again = bllkern.convert(bllkern.unwrap(net), ["layer1.0", "layer2.0"], CLASSES, "backprop")
+    for one in (plain, bllkern.unwrap(net), again):
+        assert not any(epilogue.attached(module) for module in one.modules())
+    assert torch.equal(net.eval()(x), bllkern.unwrap(net).eval()(x))
+
+
+def test_a_hook_inside_a_unit_sees_what_it_has_to_see(fused):
+    unit = residual(models.BasicBlock).layer1[0]
+    seen = []
+    unit.bn1.register_forward_hook(lambda module, args, output: seen.append(output))
+    z, pooled = epilogue.run(unit, torch.randn(2, 4, 8, 8), 4)
+    assert len(seen) == 1 and pooled is None and not fused

@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from bllkern import _native, backends
 from bllkern.functional import batch_norm_relu
 
-from checks import LOW_PRECISION, Results, assert_matches_float64, assert_no_worse_than_eager, relative_l2
+from checks import (
+    LOW_PRECISION,
+    Results,
+    assert_matches_float64,
+    assert_no_worse_than_eager,
+    relative_l2,
+    value_and_gradients,
+)
 
 pytestmark = pytest.mark.op("batch_norm_relu")
 
@@ -34,6 +41,23 @@ def weighted(function, *settings):
         features = function(x, weight, bias, *settings)[1]
         factors = 2 + torch.arange(features.numel(), dtype=torch.float64).sin().view(features.shape)
         return (features * factors.to(features.dtype)).sum().to(torch.promote_types(features.dtype, torch.float32))
+
+    return loss
+
+
+def unit(x, weight, bias, shortcut):
+    """The end of a residual unit: z."""
+    return F.relu(F.batch_norm(x, None, None, weight.to(x.dtype), bias.to(x.dtype), True, 0.0, 1e-5) + shortcut)
+
+
+def weighted_z(function):
+    """A scalar of the activation whose gradient differs from place to place, and of the features if there are any."""
+
+    def loss(*tensors):
+        z, features = function(*tensors)
+        factors = 2 + torch.arange(z.numel(), dtype=torch.float64).sin().view(z.shape)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        return (z * factors.to(z.dtype)).sum() + features.square().sum().to(z.dtype)
 
     return loss
 
@@ -68,6 +92,62 @@ def test_gradients(backend, shape, pool):
         assert_no_worse_than_eager(*functions, *block(shape), tolerance=3e-6)
 
 
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[2] > 1], ids=str)
+@pytest.mark.parametrize("pool", [0, 3])
+def test_gradients_through_the_activation(backend, shape, pool):
+    def own(x, weight, bias):
+        return batch_norm_relu(x, weight, bias, 1e-5, *settings, pool)[:2]
+
+    def torchs(x, weight, bias):
+        z, features = formula(x, weight, bias, *settings, max(pool, 1))
+        return z, features if pool else features.new_zeros(())
+
+    for settings in pools_of(shape):
+        assert_no_worse_than_eager(weighted_z(own), weighted_z(torchs), *block(shape), tolerance=3e-6)
+
+
+def shortcuts(pool):
+    """The end of a residual unit by the op and by torch: z and features."""
+
+    def own(x, weight, bias, shortcut):
+        return batch_norm_relu(x, weight, bias, 1e-5, 1, False, pool, shortcut)[:2]
+
+    def torchs(*tensors):
+        z = unit(*tensors)
+        return z, F.adaptive_avg_pool2d(z, [min(side, pool) for side in z.shape[2:]]) if pool else z.new_zeros(())
+
+    return own, torchs
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[2] > 1], ids=str)
+@pytest.mark.parametrize("pool", [0, 1, 4])
+def test_shortcut(backend, shape, pool):
+    own, torchs = shortcuts(pool)
+    tensors = *block(shape), torch.randn(shape)
+    z, features = own(*tensors)
+    expected, expected_features = torchs(*(t.double() for t in tensors))
+    assert (z - expected).norm() <= 1e-6 * expected.norm()
+    assert not pool or (features - expected_features).norm() <= 1e-6 * expected_features.norm()
+    assert_no_worse_than_eager(weighted_z(own), weighted_z(torchs), *tensors, tolerance=3e-6)
+    if pool:
+        by_features = (lambda *t, f=f: f(*t)[1].square().sum() for f in (own, torchs))
+        assert_no_worse_than_eager(*by_features, *tensors, tolerance=3e-6)
+
+
+@pytest.mark.parametrize("isa", _native._C.isas if _native._C is not None else [])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_instruction_set_adds_a_shortcut(isa, dtype):
+    chosen = _native._C.isa()
+    tensors = *block((2, 3, 9, 21), dtype), torch.randn(2, 3, 9, 21).to(dtype)
+    own, torchs = shortcuts(3)
+    try:
+        _native._C.set_isa(isa)
+        with backends.backend("cpu"):
+            assert_no_worse_than_eager(weighted_z(own), weighted_z(torchs), *tensors)
+    finally:
+        _native._C.set_isa(chosen)
+
+
 @pytest.mark.parametrize("isa", _native._C.isas if _native._C is not None else [])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_instruction_set(isa, dtype):
@@ -97,6 +177,30 @@ def test_gradcheck_of_both_outputs(settings):
     tensors = [t.double().requires_grad_() for t in block((2, 2, 5, 6))]
     assert torch.autograd.gradcheck(lambda *t: ours(*t, *settings)[:2], tensors)
     assert torch.autograd.gradcheck(lambda *t: ours(*t, *settings)[1], tensors)
+
+
+def test_gradcheck_of_a_shortcut():
+    x, weight, bias = (t.double() for t in block((2, 2, 5, 6)))
+    tensors = [t.requires_grad_() for t in (x, weight, bias, torch.randn_like(x))]
+    for pool in (0, 2):
+        assert torch.autograd.gradcheck(lambda *t: shortcuts(pool)[0](*t), tensors)
+
+
+def test_a_shortcut_compiles_into_one_graph():
+    torch.compiler.reset()
+    own = weighted_z(shortcuts(2)[0])
+    compiled = torch.compile(own, fullgraph=True, backend="aot_eager")
+    tensors = *block((2, 3, 5, 6)), torch.randn(2, 3, 5, 6)
+    for one, e in zip(value_and_gradients(compiled, *tensors), value_and_gradients(own, *tensors), strict=True):
+        torch.testing.assert_close(one, e, rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_gradients_that_are_needed(backend):
+    tensors = *block((2, 3, 5, 6)), torch.randn(2, 3, 5, 6)
+    for wanted in range(4):
+        leaves = [t.clone().requires_grad_(i == wanted) for i, t in enumerate(tensors)]
+        shortcuts(2)[0](*leaves)[0].square().sum().backward()
+        assert [leaf.grad is not None for leaf in leaves] == [i == wanted for i in range(4)]
 
 
 @pytest.mark.parametrize("settings", POOLS, ids=str)
@@ -175,7 +279,19 @@ def test_no_gradient_without_grad_mode(backend):
         (dict(bias=torch.zeros(3, 1)), ValueError, r"bias must have shape \[3\], got \[3, 1\]"),
         (dict(bias=torch.zeros(3, device="meta")), ValueError, "bias must be on the device of x, cpu, got meta"),
         (dict(max_pool=4), ValueError, "max_pool must be 1, 2 or 3, got 4"),
-        (dict(pool=0), ValueError, "pool must be at least 1, got 0"),
+        (dict(pool=-1), ValueError, "pool must be at least 0, got -1"),
+        (
+            dict(shortcut=torch.zeros(2, 3, 4, 1)),
+            ValueError,
+            r"shortcut must have dtype and shape of x, torch.float32 \[2, 3, 4, 4\], got torch.float32 \[2, 3, 4, 1\]",
+        ),
+        (dict(shortcut=torch.zeros(2, 3, 4, 4).half()), ValueError, "shortcut must have dtype .* got torch.float16"),
+        (
+            dict(shortcut=torch.zeros(2, 3, 4, 4, device="meta")),
+            ValueError,
+            "shortcut must be on the device of x, cpu, got meta",
+        ),
+        (dict(shortcut=torch.zeros(2, 3, 4, 4), max_pool=2), ValueError, "max_pool must be 1 with a shortcut, got 2"),
         (
             dict(x=torch.zeros(2, 3, 4, 1), max_pool=2),
             ValueError,

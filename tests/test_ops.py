@@ -166,7 +166,7 @@ def test_only_what_is_asked_for_is_computed(case, backend):
         leaves = [x.clone().requires_grad_(i == j) for j, x in enumerate(inputs)]
         with Results() as results:
             case.call(*leaves)
-        (_, *gradients), = results.kept
+        ((_, *gradients),) = results.kept
         assert [j for j, gradient in enumerate(gradients) if gradient is not None] == ([i] if i >= 0 else [])
 
 
@@ -336,10 +336,14 @@ def raw_calls(op, wanted):
         for layout in (torch.contiguous_format, torch.channels_last):
             images = images.contiguous(memory_format=layout)
             if op == "batch_norm_relu":
-                yield images, bias, bias, 1e-5, 2, True, 2
+                yield images, bias, bias, None, 1e-5, 2, True, 2
+                yield images, bias, bias, torch.randn_like(images), 1e-5, 1, False, 0
             else:
-                gradients = torch.randn(2, 6, 2, 2), bias, bias
-                yield images, bias, bias, torch.randn(6), torch.rand(6), *gradients, 1e-5, 2, True
+                given = images, bias, bias, torch.randn(6), torch.rand(6)
+                kept, by_features = torch.rand(2, 2, 6, 2, 2), torch.randn(2, 6, 2, 2)
+                yield *given, *kept, None, None, by_features, 1e-5, 2, True, wanted, False
+                yield *given, *kept, images.relu(), images, by_features, 1e-5, 1, False, wanted, True
+                yield *given, *kept[..., :0, :0], None, images[..., :3, :2], None, 1e-5, 2, True, wanted, False
     elif op == "prototypes":
         yield x, LABELS, 5, -100
         yield transposed, LABELS, 4, -100

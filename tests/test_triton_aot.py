@@ -108,13 +108,17 @@ def test_normalization(dtype, architecture):
 def test_batch_norm_relu(window, dtype, architecture):
     channels = ("weight_ptr", "bias_ptr", "mean_ptr", "reciprocal_ptr")
     sizes = dict.fromkeys(("channels", "height", "width", "out_height", "out_width"), "i32")
-    shared = {"x_ptr": f"*{dtype}"} | dict.fromkeys(channels, "*fp32") | sizes
-    constants = {"P": 4, "Q": 4, "K": window, "BLOCK": 1024}
-    bins = dict.fromkeys(("features_ptr", "active_ptr", "along_ptr"), "*fp32")
-    types = shared | bins | {"z_ptr": f"*{dtype}"}
-    check("batch_norm_relu", "_forward", types, constants | {"BINS": 4}, architecture, 4)
-    gradients = dict.fromkeys(("by_features_ptr", "by_weight_ptr", "by_bias_ptr"), "*fp32")
-    types = shared | gradients | {"grad_ptr": f"*{dtype}", "values": "i32"}
+    images = dict.fromkeys(("x_ptr", "z_ptr"), f"*{dtype}")
+    shared = images | dict.fromkeys(channels, "*fp32") | sizes
+    constants = {"K": window, "SHORTCUT": window == 1, "BLOCK": 1024}
+    bins = {"P": 4, "Q": 4, "FEATURES": True}
+    types = shared | dict.fromkeys(("features_ptr", "active_ptr", "along_ptr"), "*fp32") | {"shortcut_ptr": f"*{dtype}"}
+    check("batch_norm_relu", "_forward", types, constants | bins | {"BINS": 4}, architecture, 4)
+    sums = dict.fromkeys(("by_weight_ptr", "by_bias_ptr"), "*fp32")
+    check("batch_norm_relu", "_sums", shared | sums | {"by_z_ptr": f"*{dtype}"}, constants, architecture, 4)
+    gradients = dict.fromkeys(("by_z_ptr", "grad_ptr", "grad_shortcut_ptr"), f"*{dtype}")
+    types = shared | sums | gradients | {"by_features_ptr": "*fp32", "values": "i32"}
+    constants |= bins | {"BY_Z": True, "GRAD_X": True, "GRAD_SHORTCUT": window == 1}
     check("batch_norm_relu", "_backward", types, constants, architecture, 4)
     if window == 1:
         types = {"x_ptr": f"*{dtype}", "mean_ptr": "*fp32", "square_ptr": "*fp32", "places": "i32"}

@@ -21,26 +21,34 @@ def arguments(shape, dtype=torch.float32):
     return [x.to(dtype), *torch.randn(2, shape[1], generator=generator)]
 
 
-def relative_error(got, expected):
-    """Relative to at least 1: of two values the gradient all but cancels."""
-    return float((got.double() - expected).norm() / expected.norm().clamp(min=1))
+def relative_error(got, expected, least=1.0):
+    """Relative to at least ``least``: of two values the gradient all but cancels."""
+    return float((got.double() - expected).norm() / expected.norm().clamp(min=least))
 
 
-def compare(x, weight, bias, max_pool, ceil_mode, pool, tolerance=2e-6):
+def compare(x, weight, bias, max_pool, ceil_mode, pool, shortcut=None, by_z=False, tolerance=2e-6):
     settings = (1e-5, max_pool, ceil_mode, pool)
-    exact = [t.double() for t in (x, weight, bias)]
-    got = triton_worker.run("batch_norm_relu", x, weight, bias, *settings)
+    given = [x, weight, bias, shortcut]
+    exact = [t if t is None else t.double() for t in given]
+    got = triton_worker.run("batch_norm_relu", *given, *settings)
     expected = reference.batch_norm_relu(*exact, *settings)
     for i, (one, e) in enumerate(zip(got, expected, strict=True)):
         assert one.shape == e.shape and one.is_contiguous() and one.dtype == (torch.float32 if i else x.dtype)
         assert relative_error(one, e) <= (2e-6 if i else tolerance)
-    by_features = 2 + torch.randn(expected[1].shape, generator=torch.Generator().manual_seed(1))
-    sums = [(by_features * kept).sum((0, 2, 3)).float() for kept in (expected[5], expected[4])]
-    statistics = [t.float() for t in expected[2:4]]
-    given = [x, weight, bias, *statistics, by_features, *sums]
-    (grad,) = triton_worker.run("batch_norm_relu_gradient", *given, *settings[:3])
-    expected = reference.batch_norm_relu_gradient(*(t.double() for t in given), *settings[:3])
-    assert grad.dtype == x.dtype and relative_error(grad, expected) <= tolerance
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(expected[0].shape, generator=generator).to(x.dtype) if by_z else None]
+    upstream += [2 + torch.randn(expected[1].shape, generator=generator) if pool else None]
+    given = [x, weight, bias, *got[2:6], None if shortcut is None else got[0], *upstream]
+    wanted = True, shortcut is not None
+    got = triton_worker.run("batch_norm_relu_gradient", *given, *settings[:3], *wanted)
+    exact = [t if t is None else t.double() for t in given]
+    expected = reference.batch_norm_relu_gradient(*exact, *settings[:3], *wanted)
+    steepness = float((exact[1] * torch.rsqrt(exact[4] + settings[0])).abs().max())  # factor of what cancels in by x
+    for i, (one, e) in enumerate(zip(got, expected, strict=True)):
+        assert (one is None) == (e is None)
+        if one is not None:
+            assert one.dtype == (torch.float32 if i > 1 else x.dtype)
+            assert relative_error(one, e, 1.0 if i else max(steepness, 1.0)) <= (2e-6 if i > 1 else tolerance)
 
 
 @pytest.mark.parametrize("pools", POOLS, ids=str)
@@ -50,8 +58,24 @@ def test_float32(shape, pools):
         compare(*arguments(shape), *pools)
 
 
+@pytest.mark.parametrize("pool", (0, 4))
+def test_gradient_by_the_activation(pool):
+    for shape in SHAPES[1:4]:
+        for max_pool, ceil_mode, _ in POOLS:
+            compare(*arguments(shape), max_pool, ceil_mode, pool, by_z=True)
+
+
+@pytest.mark.parametrize("by_z", (False, True))
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_shortcut(shape, by_z):
+    shortcut = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    compare(*arguments(shape), 1, False, 4, shortcut, by_z)
+    compare(*arguments(shape), 1, False, 0, shortcut, True)
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_low_precision(dtype):
+    compare(*arguments((2, 2, 5, 7), dtype), 2, True, 2, tolerance=1e-2)
     compare(*arguments((2, 2, 5, 7), dtype), 2, True, 2, tolerance=1e-2)
 
 
@@ -62,5 +86,5 @@ def test_channels_last_and_equal_values():
 
 def test_empty_batch():
     x, weight, bias = arguments((0, 3, 4, 4))
-    got = triton_worker.run("batch_norm_relu", x, weight, bias, 1e-5, 1, False, 4)
+    got = triton_worker.run("batch_norm_relu", x, weight, bias, None, 1e-5, 1, False, 4)
     assert [list(t.shape) for t in got] == [[0, 3, 4, 4], [0, 3, 4, 4], [3], [3], [0, 3, 4, 4], [0, 3, 4, 4]]

@@ -1,4 +1,4 @@
-"""Batch normalisation, ReLU, max pooling and pooled features."""
+"""Batch normalisation, a shortcut, ReLU, max pooling and pooled features."""
 
 from __future__ import annotations
 
@@ -6,21 +6,29 @@ import torch
 from torch import Tensor
 
 from .._ops import pooled_shape
-from .module import _C, DTYPES, empty
+from .module import _C, DTYPES, address, empty
 
 
 def batch_norm_relu(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, max_pool: int, ceil_mode: bool, pool: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shortcut: Tensor | None,
+    eps: float,
+    max_pool: int,
+    ceil_mode: bool,
+    pool: int,
 ) -> tuple[Tensor, ...]:
     """The op ``batch_norm_relu`` of ``bllkern/_ops.py`` on the CPU."""
     x, weight, bias = x.contiguous(), weight.float().contiguous(), bias.float().contiguous()
+    shortcut = None if shortcut is None else shortcut.contiguous()
     shape, bins = pooled_shape(x, max_pool, ceil_mode, pool)
     z = empty(shape, x, x.dtype)
     features, active, along = (empty(bins, x, torch.float32) for _ in range(3))
     mean, variance = (x.new_zeros(shape[1], dtype=torch.float32) for _ in range(2))
     if x.numel():
-        tensors = (x, weight, bias, mean, variance, z, features, active, along)
-        pointers = (*(t.data_ptr() for t in tensors), 0, 0, 0, 0)
+        tensors = (x, weight, bias, shortcut, mean, variance, z, features, active, along)
+        pointers = (*map(address, tensors), *[0] * 6)
         _C.batch_norm_relu(*pointers, *x.shape, *shape[2:], *bins[2:], max_pool, eps, DTYPES[x.dtype])
     return z, features, mean, variance, active, along
 
@@ -31,22 +39,31 @@ def batch_norm_relu_gradient(
     bias: Tensor,
     mean: Tensor,
     variance: Tensor,
-    by_features: Tensor,
-    by_weight: Tensor,
-    by_bias: Tensor,
+    active: Tensor,
+    along: Tensor,
+    z: Tensor | None,
+    by_z: Tensor | None,
+    by_features: Tensor | None,
     eps: float,
     max_pool: int,
     ceil_mode: bool,
-) -> Tensor:
+    grad_x: bool,
+    grad_shortcut: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """The op ``batch_norm_relu_gradient`` of ``bllkern/_ops.py`` on the CPU."""
-    given = (weight, bias, mean, variance, by_features, by_weight, by_bias)
-    x, given = x.contiguous(), [t.float().contiguous() for t in given]
-    grad = empty(x.shape, x, x.dtype)
+    x, z, by_z = (t if t is None else t.contiguous() for t in (x, z, by_z))
+    given = (weight, bias, mean, variance, active, along, by_features)
+    weight, bias, mean, variance, active, along, by_features = (
+        t if t is None else t.float().contiguous() for t in given
+    )
+    by_x = empty(x.shape, x, x.dtype) if grad_x else None
+    by_shortcut = empty(x.shape, x, x.dtype) if grad_shortcut else None
+    by_weight, by_bias = torch.zeros_like(weight), torch.zeros_like(bias)
     if x.numel():
-        weight, bias, mean, variance, by_features, by_weight, by_bias = (t.data_ptr() for t in given)
-        outputs = 0, 0, 0, 0
-        gradients = by_features, by_weight, by_bias, grad.data_ptr()
-        pointers = (x.data_ptr(), weight, bias, mean, variance, *outputs, *gradients)
-        shape, bins = pooled_shape(x, max_pool, ceil_mode, 1)[0], given[4].shape
-        _C.batch_norm_relu_gradient(*pointers, *x.shape, *shape[2:], *bins[2:], max_pool, eps, DTYPES[x.dtype])
-    return grad
+        tensors = (x, weight, bias, None, mean, variance, z, None, active, along)
+        gradients = (by_z, by_features, by_weight, by_bias, by_x, by_shortcut)
+        shape = pooled_shape(x, max_pool, ceil_mode, 1)[0]
+        sizes = (*x.shape, *shape[2:], *active.shape[2:])
+        pointers = map(address, (*tensors, *gradients))
+        _C.batch_norm_relu_gradient(*pointers, *sizes, max_pool, eps, DTYPES[x.dtype])
+    return by_x, by_shortcut, by_weight, by_bias

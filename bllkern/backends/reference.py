@@ -146,48 +146,81 @@ def linear_agreement(x, weight, bias, b, row_weights, family, group_size, reduct
     )
 
 
-def batch_norm_relu_formula(x, weight, bias, eps, max_pool, ceil_mode, pool):
+def batch_norm_relu_formula(x, weight, bias, shortcut, eps, max_pool, ceil_mode, pool):
     """Activation and features of ``batch_norm_relu`` in the precision of the arithmetic, differentiable."""
     t = F.batch_norm(_full(x), None, None, weight.to(_full(x)), bias.to(_full(x)), True, 0.0, eps)
+    if shortcut is not None:
+        t = t + shortcut
     z = F.max_pool2d(t.relu(), max_pool, ceil_mode=ceil_mode)
-    return z, F.adaptive_avg_pool2d(z, [min(side, pool) for side in z.shape[2:]])
+    return z, _averaged(z, pool)
 
 
-def _chosen(x, weight, bias, mean, variance, eps, max_pool, ceil_mode):
+def _averaged(z, pool):
+    sides = [min(side, pool) for side in z.shape[2:]]
+    return F.adaptive_avg_pool2d(z, sides).contiguous() if pool else z.new_empty(*z.shape[:2], 0, 0)
+
+
+def _chosen(x, weight, bias, shortcut, mean, variance, eps, max_pool, ceil_mode):
     """Normalised x, z, and where in x [H * W] each place of z has its value from."""
     normalized = (_full(x) - mean[:, None, None]) * torch.rsqrt(variance + eps)[:, None, None]
     t = normalized * weight.to(normalized)[:, None, None] + bias.to(normalized)[:, None, None]
+    if shortcut is not None:
+        t = t + shortcut
     z, index = F.max_pool2d(t.relu(), max_pool, ceil_mode=ceil_mode, return_indices=True)
     return normalized, z, index
 
 
-def batch_norm_relu(x, weight, bias, eps, max_pool, ceil_mode, pool):
-    """``adaptive_avg_pool(max_pool(relu(batch_norm(x))))`` and what its gradient needs to know of each bin."""
+def batch_norm_relu(x, weight, bias, shortcut, eps, max_pool, ceil_mode, pool):
+    """``adaptive_avg_pool(max_pool(relu(batch_norm(x) + shortcut)))`` and what its gradient needs to know of each bin."""
     if x.numel() == 0:
         z, features = (_full(x).new_zeros(shape) for shape in pooled_shape(x, max_pool, ceil_mode, pool))
         zero = z.new_zeros(x.shape[1])
         return z.to(x.dtype), features, zero, zero.clone(), features.clone(), features.clone()
     variance, mean = torch.var_mean(_full(x), (0, 2, 3), correction=0)
-    normalized, z, index = _chosen(x, weight, bias, mean, variance, eps, max_pool, ceil_mode)
+    normalized, z, index = _chosen(x, weight, bias, shortcut, mean, variance, eps, max_pool, ceil_mode)
     along = normalized.flatten(2).gather(2, index.flatten(2)).view_as(z).where(z > 0, 0)
-    sides = [min(side, pool) for side in z.shape[2:]]
-    features, active, along = (F.adaptive_avg_pool2d(y, sides).contiguous() for y in (z, (z > 0).to(z), along))
+    features, active, along = (_averaged(y, pool) for y in (z, (z > 0).to(z), along))
     return z.to(x.dtype).contiguous(), features, mean, variance, active, along
 
 
 def batch_norm_relu_gradient(
-    x, weight, bias, mean, variance, by_features, by_weight, by_bias, eps, max_pool, ceil_mode
+    x,
+    weight,
+    bias,
+    mean,
+    variance,
+    active,
+    along,
+    z,
+    by_z,
+    by_features,
+    eps,
+    max_pool,
+    ceil_mode,
+    grad_x,
+    grad_shortcut,
 ):
-    """``weight r (g - by_bias / M - normalized by_weight / M)``, r the reciprocal deviation, g the gradient before ReLU."""
+    """By x ``weight r (g - by_bias / M - normalized by_weight / M)``, r the reciprocal deviation, g the gradient before
+    ReLU, which is that by the shortcut; by bias ``sum(g)``, by weight ``sum(g normalized)``."""
+    full = _full(x)
     if x.numel() == 0:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-    normalized, z, index = _chosen(x, weight, bias, mean, variance, eps, max_pool, ceil_mode)
-    by_z = torch.ops.aten._adaptive_avg_pool2d_backward(by_features.to(z), z).where(z > 0, 0)
-    g = torch.zeros_like(normalized).flatten(2).scatter_add_(2, index.flatten(2), by_z.flatten(2)).view_as(normalized)
-    values = x.numel() // x.shape[1]
-    by_weight, by_bias = (y.to(z)[:, None, None] / values for y in (by_weight, by_bias))
-    scale = (weight.to(z) * torch.rsqrt(variance + eps))[:, None, None]
-    return _gradient(scale * (g - by_bias - normalized * by_weight), x)
+        zeros = full.new_zeros(weight.shape)
+        return (
+            _gradient(full, x) if grad_x else None,
+            _gradient(full, x) if grad_shortcut else None,
+            zeros,
+            zeros.clone(),
+        )
+    normalized, own, index = _chosen(x, weight, bias, None, mean, variance, eps, max_pool, ceil_mode)
+    upstream = torch.zeros_like(own) if by_z is None else by_z.to(own)
+    if by_features is not None:
+        upstream = upstream + torch.ops.aten._adaptive_avg_pool2d_backward(by_features.to(own), own)
+    upstream = upstream.where((own if z is None else z) > 0, 0).flatten(2)
+    g = torch.zeros_like(normalized).flatten(2).scatter_add_(2, index.flatten(2), upstream).view_as(normalized)
+    by_weight, by_bias = (g * normalized).sum((0, 2, 3)), g.sum((0, 2, 3))
+    values, scale = x.numel() // x.shape[1], (weight.to(own) * torch.rsqrt(variance + eps))[:, None, None]
+    by_x = scale * (g - (by_bias[:, None, None] + normalized * by_weight[:, None, None]) / values)
+    return (_gradient(by_x, x) if grad_x else None, _gradient(g, x) if grad_shortcut else None, by_weight, by_bias)
 
 
 def normalized_rows(x: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:

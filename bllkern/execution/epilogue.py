@@ -1,69 +1,169 @@
-"""Blocks that end with batch normalisation, ReLU and max pooling: activation and pooled features from one pass.
+"""Normalisation, shortcut, ReLU and max pooling behind convolutions as one pass, in blocks that learn locally.
 
 A local loss reads the activation of a convolutional block averaged to a few places a side, and what the block hands on
-is detached.  So the gradient that comes back to the convolution is known from those few places
-(:func:`bllkern.functional.batch_norm_relu`), and no gradient of the whole activation is made.
+is detached.  So the gradient that comes back to the last convolution is known from those few places
+(:func:`bllkern.functional.batch_norm_relu`), and no gradient of the whole activation is made.  Inside a block the same
+function spares what torch's modules make between a convolution and the next.
+
+This is done in an ``nn.Sequential``, and in the residual units of torchvision and :mod:`bllkern.models`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from types import MethodType
 
+import torch
 from torch import Tensor, nn
 
 from .. import backends
 from ..functional import batch_norm_relu
+from ..functional.convolution import cheap_to_repeat, convolution, images_at_a_time
+
+_RESIDUAL = {
+    (where, name)
+    for where in ("bllkern.models.resnet", "torchvision.models.resnet")
+    for name in ("BasicBlock", "Bottleneck")
+}
 
 
-class Epilogue(NamedTuple):
-    """What a ``Sequential`` ends with, and what comes before that."""
-
-    before: list[nn.Module]
-    norm: nn.BatchNorm2d
-    max_pool: int
-    ceil_mode: bool
-
-    def __call__(self, x: Tensor, side: int) -> tuple[Tensor, Tensor] | None:
-        """Activation [N, C, H, W] and its average over at most ``side`` places a side, the running statistics updated.
-
-        ``None`` where the op does not apply to the input of the normalisation.
-        """
-        norm = self.norm
-        values = x.numel() // max(norm.num_features, 1)
-        smallest = 1 if self.ceil_mode else self.max_pool
-        if x.dim() != 4 or x.shape[1] != norm.num_features or min(x.shape[2:]) < smallest or values < 2:
-            return None
-        if not x.is_contiguous() or backends.choose("batch_norm_relu", x.device.type, x.dtype) == "reference":
-            return None
-        settings = (norm.eps, self.max_pool, self.ceil_mode, side)
-        z, pooled, mean, variance = batch_norm_relu(x, norm.weight, norm.bias, *settings)
-        if norm.track_running_stats:
-            norm.num_batches_tracked.add_(1)
-            norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
-            norm.running_var.lerp_((variance * (values / (values - 1))).to(norm.running_var), norm.momentum)
-        return z, pooled
+def run(module: nn.Module, x: Tensor, side: int = 0) -> tuple[Tensor, Tensor | None]:
+    """``module(x)`` in training, and its average over at most ``side`` places a side where that comes with it."""
+    if not _hooked(module):
+        if type(module) is nn.Sequential:
+            return _sequential(list(module), x, side)
+        if is_residual(module):
+            return _residual(module, x, side)
+        if type(module) is nn.Conv2d and (images := images_at_a_time(module, x)):
+            return (module(x) if images >= len(x) else convolution(module, x, images)[0]), None
+    return module(x), None
 
 
-def of(module: nn.Module) -> Epilogue | None:
-    """The epilogue of ``module``, or ``None``.
+def is_residual(module: nn.Module) -> bool:
+    """Whether ``module`` is a residual unit whose forward pass is known."""
+    return (type(module).__module__, type(module).__qualname__) in _RESIDUAL
 
-    A ``Sequential`` has one that ends in ``BatchNorm2d`` in training, ``ReLU`` and perhaps ``MaxPool2d`` of windows side
-    by side, without hooks that would have to see what lies between.
+
+def attach(unit: nn.Module) -> None:
+    """Let a residual unit that no boundary runs take its forward pass from here."""
+    unit.forward = MethodType(_forward, unit)
+
+
+def detach(unit: nn.Module) -> None:
+    """Undo :func:`attach`."""
+    del unit.forward
+
+
+def attached(unit: nn.Module) -> bool:
+    return getattr(vars(unit).get("forward"), "__func__", None) is _forward
+
+
+def _forward(unit: nn.Module, x: Tensor) -> Tensor:
+    if unit.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _residual(unit, x, 0)[0]
+    return type(unit).forward(unit, x)
+
+
+def _sequential(children: list[nn.Module], x: Tensor, side: int) -> tuple[Tensor, Tensor | None]:
+    pooled = None
+    while children:
+        count = _fused(children)
+        at_end = side if len(children) == max(count, 1) else 0
+        found = _ended(children[0], x, at_end, pool=children[2] if count == 3 else None) if count else None
+        if found is None:
+            found, count = run(children[0], x, at_end), 1
+        (x, pooled), children = found, children[count:]
+    return x, pooled
+
+
+def _fused(children: Sequence[nn.Module]) -> int:
+    """How many of the first ``children`` are one pass: ``BatchNorm2d, ReLU[, MaxPool2d]``, or none."""
+    if [type(child) for child in children[:2]] != [nn.BatchNorm2d, nn.ReLU]:
+        return 0
+    if not _usable(children[0]) or _hooked(children[1]):
+        return 0
+    pools = len(children) > 2 and type(children[2]) is nn.MaxPool2d and not _hooked(children[2])
+    return 3 if pools and _window(children[2]) else 2
+
+
+def _residual(unit: nn.Module, x: Tensor, side: int) -> tuple[Tensor, Tensor | None]:
+    layers = [(unit.conv1, unit.bn1), (unit.conv2, unit.bn2)]
+    if hasattr(unit, "conv3"):
+        layers.append((unit.conv3, unit.bn3))
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    known = all(_usable(norm) for _, norm in layers) and not _hooked(unit.relu) and x.dtype == dtype
+    if not known or backends.choose("batch_norm_relu", kind, dtype) == "reference":
+        return type(unit).forward(unit, x), None
+    shortcut = x if unit.downsample is None else run(unit.downsample, x)[0]
+    norm = None
+    for conv, after in layers:
+        x = run(conv, x)[0] if norm is None else _next(norm, unit.relu, conv, x)
+        norm = after
+    found = _ended(norm, x, side, shortcut)
+    return (unit.relu(norm(x) + shortcut), None) if found is None else found
+
+
+def _next(norm: nn.BatchNorm2d, relu: nn.ReLU, conv: nn.Module, x: Tensor) -> Tensor:
+    """``conv(relu(norm(x)))``, of which nothing but ``x`` is kept where that is cheap."""
+    images = images_at_a_time(conv, x) if type(conv) is nn.Conv2d and not _hooked(conv) else None
+    if images is None or not cheap_to_repeat(conv) or not _applies(norm, x):
+        found = _ended(norm, x, 0)
+        return run(conv, relu(norm(x)) if found is None else found[0])[0]
+    out, mean, variance = convolution(conv, x, images, norm)
+    _update(norm, x, mean, variance)
+    return out
+
+
+def _ended(
+    norm: nn.BatchNorm2d, x: Tensor, side: int, shortcut: Tensor | None = None, pool: nn.MaxPool2d | None = None
+) -> tuple[Tensor, Tensor | None] | None:
+    """Activation [N, C, H, W] and its average over at most ``side`` places a side, the running statistics updated.
+
+    ``None`` where the op does not apply to the input of the normalisation.
     """
-    if type(module) is not nn.Sequential:
+    window, ceil_mode = (1, False) if pool is None else (_window(pool), pool.ceil_mode)
+    if not _applies(norm, x, 1 if ceil_mode else window):
         return None
-    children = list(module)
-    window, ceil_mode, begin = 1, False, len(children) - 2
-    if children and type(children[-1]) is nn.MaxPool2d:
-        window, ceil_mode, begin = _window(children[-1]), children[-1].ceil_mode, len(children) - 3
-    replaced = children[max(begin, 0) :]
-    if window is None or [type(child) for child in replaced[:2]] != [nn.BatchNorm2d, nn.ReLU]:
+    if shortcut is not None and (shortcut.shape != x.shape or shortcut.dtype != x.dtype):
         return None
-    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in (module, *replaced)):
-        return None
-    norm = replaced[0]
-    usable = norm.training and norm.affine and (norm.momentum is not None or not norm.track_running_stats)
-    return Epilogue(children[:begin], norm, window, ceil_mode) if usable else None
+    settings = (norm.eps, window, ceil_mode, side, shortcut)
+    z, pooled, mean, variance = batch_norm_relu(x, norm.weight, norm.bias, *settings)
+    _update(norm, x, mean, variance)
+    return z, pooled if side else None
+
+
+def _applies(norm: nn.BatchNorm2d, x: Tensor, smallest: int = 1) -> bool:
+    """Whether there is a kernel for ``x`` [N, C, H, W] of at least ``smallest`` places a side."""
+    if x.dim() != 4 or x.shape[1] != norm.num_features or min(x.shape[2:]) < smallest or _values(norm, x) < 2:
+        return False
+    return x.is_contiguous() and backends.choose("batch_norm_relu", x.device.type, x.dtype) != "reference"
+
+
+def _values(norm: nn.BatchNorm2d, x: Tensor) -> int:
+    return x.numel() // max(norm.num_features, 1)
+
+
+def _update(norm: nn.BatchNorm2d, x: Tensor, mean: Tensor, variance: Tensor) -> None:
+    """The running statistics after a batch ``x`` of this mean and variance."""
+    if norm.track_running_stats:
+        values = _values(norm, x)
+        norm.num_batches_tracked.add_(1)
+        norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
+        norm.running_var.lerp_((variance * (values / (values - 1))).to(norm.running_var), norm.momentum)
+
+
+def _usable(norm: nn.Module) -> bool:
+    """Whether ``norm`` is a ``BatchNorm2d`` that normalises by the batch and has weight and bias."""
+    if type(norm) is not nn.BatchNorm2d or _hooked(norm):
+        return False
+    return norm.training and norm.affine and (norm.momentum is not None or not norm.track_running_stats)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether hooks of ``module`` would have to see what goes in and comes out."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
 
 
 def _window(pool: nn.MaxPool2d) -> int | None:
@@ -75,18 +175,3 @@ def _window(pool: nn.MaxPool2d) -> int | None:
 
 def _pair(value) -> tuple[int, int]:
     return value if isinstance(value, tuple) else (value, value)
-
-
-def run(module: nn.Module, x: Tensor, side: int) -> tuple[Tensor, Tensor | None]:
-    """``module(x)``, and its average over at most ``side`` places a side where that comes with it."""
-    found = of(module)
-    if found is None:
-        return module(x), None
-    for child in found.before:
-        x = child(x)
-    result = found(x, side)
-    if result is not None:
-        return result
-    for child in list(module)[len(found.before) :]:
-        x = child(x)
-    return x, None

@@ -1,20 +1,20 @@
-"""The end of a convolutional block, normalisation to pooled features, as one differentiable function."""
+"""The end of a convolutional block, all that follows the convolution in one pass, as a differentiable function."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ._checks import check_device, needs_grad, once_differentiable, unified
 from ..backends import run
 from ..backends.reference import batch_norm_relu_formula
+from ._checks import check_device, needs_grad, once_differentiable, unified
 
 
 class _BatchNormRelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, *settings):
-        z, features, mean, variance, *kept = run("batch_norm_relu", x, weight, bias, *settings)
-        ctx.save_for_backward(x, weight, bias, mean, variance, *kept)
+    def forward(ctx, x, weight, bias, shortcut, *settings):
+        z, features, mean, variance, *kept = run("batch_norm_relu", x, weight, bias, shortcut, *settings)
+        ctx.save_for_backward(x, weight, bias, mean, variance, *kept, None if shortcut is None else z)
         ctx.settings = settings
         ctx.mark_non_differentiable(mean, variance)
         ctx.set_materialize_grads(False)  # most callers detach z, whose gradient would be zeros then
@@ -23,26 +23,15 @@ class _BatchNormRelu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, by_z, by_features, *_):
-        x, weight, bias, mean, variance, active, along = ctx.saved_tensors
-        if by_z is not None:
-            return *_through_activation(ctx, x, weight, bias, by_z, by_features), *[None] * 4
-        if by_features is None:
-            return (None,) * 7
-        by_weight, by_bias = ((by_features * kept).sum((0, 2, 3)) for kept in (along, active))
-        by_x = None
-        if ctx.needs_input_grad[0]:
-            sums = (by_features, by_weight, by_bias)
-            by_x = run("batch_norm_relu_gradient", x, weight, bias, mean, variance, *sums, *ctx.settings[:3])
-        return by_x, by_weight.to(weight.dtype), by_bias.to(bias.dtype), *[None] * 4
-
-
-def _through_activation(ctx, x, weight, bias, by_z, by_features):
-    """The rare case of a gradient by z itself: by autograd, from the start."""
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
-        z, features = batch_norm_relu_formula(*leaves, *ctx.settings)
-        outputs, upstream = ([z], [by_z.to(z)]) if by_features is None else ([z, features], [by_z.to(z), by_features])
-        return torch.autograd.grad(outputs, leaves, upstream)
+        if by_features is not None and by_features.shape[2] == 0:  # of pool=0, in a sum with others
+            by_features = None
+        if by_z is None and by_features is None:
+            return (None,) * 8
+        x, weight, bias, *_ = saved = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        gradients = run("batch_norm_relu_gradient", *saved, by_z, by_features, *ctx.settings[:3], *wanted)
+        by_x, by_shortcut, by_weight, by_bias = gradients
+        return by_x, by_weight.to(weight.dtype), by_bias.to(bias.dtype), by_shortcut, *[None] * 4
 
 
 def batch_norm_relu(
@@ -53,13 +42,14 @@ def batch_norm_relu(
     max_pool: int = 1,
     ceil_mode: bool = False,
     pool: int = 4,
+    shortcut: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The end of a convolutional block: batch normalisation, ReLU, max pooling, and what a local loss reads of it.
 
-    ``z = F.max_pool2d(F.relu(F.batch_norm(x, ..., training=True)), max_pool, ceil_mode=ceil_mode)`` and its average
-    over at most ``pool`` places a side, in one pass over x after that of the statistics.  A block-local network hands
-    on ``z.detach()``: then the gradient arrives by the features alone and takes one more pass, in which nothing as
-    large as z is made but the gradient by x.
+    ``z = F.max_pool2d(F.relu(F.batch_norm(x, ..., training=True) + shortcut), max_pool, ceil_mode=ceil_mode)`` and its
+    average over at most ``pool`` places a side, in one pass over x after that of the statistics.  A block-local network
+    hands on ``z.detach()``: then the gradient arrives by the features alone and takes one more pass, in which nothing as
+    large as z is made but the gradients by x and shortcut.  A gradient that arrives by z itself takes two.
 
     Args:
         x: the convolution's output [N, C, H, W].
@@ -67,10 +57,12 @@ def batch_norm_relu(
         eps: added to the variance.
         max_pool: side of the windows of max pooling, 1 (none), 2 or 3, which lie side by side.
         ceil_mode: whether windows that are cut off at the edge count.
-        pool: features are averaged to at most so many places a side, as by ``F.adaptive_avg_pool2d``.
+        pool: features are averaged to at most so many places a side, as by ``F.adaptive_avg_pool2d``; 0 makes none.
+        shortcut: what is added before ReLU, in shape and dtype as x, or ``None``; only with ``max_pool=1``.
 
-    Returns: z in the dtype of x; features [N, C, P, Q]; and mean and variance [C] of the batch (not corrected) for the
-    running statistics, which have no gradient.  All but z are float32 (float64 for float64 x).
+    Returns: z in the dtype of x; features [N, C, P, Q] ([N, C, 0, 0] for ``pool=0``); and mean and variance [C] of the
+    batch (not corrected) for the running statistics, which have no gradient.  All but z are float32 (float64 for
+    float64 x).
     Raises: ``ValueError`` for shapes, devices or sizes; ``TypeError`` for dtypes.
     """
     unified(x=x)  # checks alone: all keep their own dtypes
@@ -84,17 +76,28 @@ def batch_norm_relu(
             raise ValueError(f"{name} must have shape [{x.shape[1]}], got {list(tensor.shape)}")
     if max_pool not in (1, 2, 3):
         raise ValueError(f"max_pool must be 1, 2 or 3, got {max_pool!r}")
-    if pool < 1:
-        raise ValueError(f"pool must be at least 1, got {pool!r}")
+    if pool < 0:
+        raise ValueError(f"pool must be at least 0, got {pool!r}")
+    if shortcut is not None:
+        _check_shortcut(shortcut, x, max_pool)
     smallest = 1 if ceil_mode else max_pool
     if min(x.shape[2:]) < smallest:
         raise ValueError(f"x must have at least {smallest} places a side, got {list(x.shape)}")
-    settings = (eps, max_pool, ceil_mode, pool)
+    settings = (shortcut, eps, max_pool, ceil_mode, pool)
     if torch.compiler.is_compiling():  # which fuses the formula, and its gradient by z too
         full = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         variance, mean = torch.var_mean(full, (0, 2, 3), correction=0)
         z, features = batch_norm_relu_formula(x, weight, bias, *settings)
         return z.to(x.dtype), features, mean, variance
-    if needs_grad(x, weight, bias):
+    if needs_grad(x, weight, bias, shortcut):
         return _BatchNormRelu.apply(x, weight, bias, *settings)
     return run("batch_norm_relu", x, weight, bias, *settings)[:4]
+
+
+def _check_shortcut(shortcut: Tensor, x: Tensor, max_pool: int) -> None:
+    check_device("x", x.device, "shortcut", shortcut)
+    if shortcut.shape != x.shape or shortcut.dtype != x.dtype:
+        given = f"{shortcut.dtype} {list(shortcut.shape)}"
+        raise ValueError(f"shortcut must have dtype and shape of x, {x.dtype} {list(x.shape)}, got {given}")
+    if max_pool != 1:
+        raise ValueError(f"max_pool must be 1 with a shortcut, got {max_pool!r}")

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import functional
 from ..feedback import CONVOLUTIONS, LazyWeight
 from .features import averaged, channels_last, check_floating, in_full_precision, rows
 
@@ -43,7 +44,13 @@ class Head(nn.Module):
         check_floating(z)
         maps = in_full_precision(averaged(z, self.side))
         weight, _ = self.hidden(maps)
-        return averaged(_activated(CONVOLUTIONS[z.dim() - 2](maps, weight, padding=1)), self.pool).flatten(1)
+        hidden = CONVOLUTIONS[z.dim() - 2](maps, weight, padding=1)
+        if hidden.dim() != 4:
+            return averaged(_activated(hidden), self.pool).flatten(1)
+        channels = hidden.shape[1]
+        return functional.batch_norm_relu(
+            hidden, hidden.new_ones(channels), hidden.new_zeros(channels), pool=self.pool
+        )[1].flatten(1)
 
 
 def is_map(z: Tensor, channel_dim: int | None) -> bool:
