@@ -7,15 +7,7 @@ from torch import Tensor
 
 from .. import families
 from ..backends import run
-from ._checks import (
-    check_label_smoothing,
-    check_reduction,
-    checked_target,
-    needs_grad,
-    once_differentiable,
-    unified,
-    upstream_times,
-)
+from ._checks import check_cross_entropy, checked_target, needs_grad, once_differentiable, unified, upstream_times
 
 
 class _EvidenceCrossEntropy(torch.autograd.Function):
@@ -71,9 +63,8 @@ def evidence_cross_entropy(
         raise ValueError(f"messages must have shape [C, {width}] with C >= 1, got {list(messages.shape)}")
     if log_prior is not None and log_prior.shape != (classes,):
         raise ValueError(f"log_prior must be None or have shape [{classes}], got {list(log_prior.shape)}")
-    check_label_smoothing(label_smoothing)
     target = checked_target(target, "a", a, classes)
-    check_reduction(reduction, ("mean", "sum"))
+    check_cross_entropy(label_smoothing, reduction)
     f.check_width(width, "a")
     args = (target, f.name, f.group_size or 0, label_smoothing, reduction, ignore_index)
     if needs_grad(a, messages, log_prior):
