@@ -17,7 +17,7 @@ SCHEMAS = {
     " -> (Tensor, Tensor?, Tensor?)",
     # a: [N, D], messages: [C, D], log_prior: [C], target: [N] or [N, C]
     "evidence_cross_entropy": "(Tensor a, Tensor messages, Tensor? log_prior, Tensor target, str family, int group_size,"
-    " str reduction, int ignore_index, bool grad_a, bool grad_messages, bool grad_log_prior)"
+    " float label_smoothing, str reduction, int ignore_index, bool grad_a, bool grad_messages, bool grad_log_prior)"
     " -> (Tensor, Tensor?, Tensor?, Tensor?)",
     # x: [N, D, *spatial], weight: [C, D], bias: [C], target: [N] or [N, C]
     "linear_cross_entropy": "(Tensor x, Tensor weight, Tensor? bias, Tensor target, float label_smoothing,"
@@ -71,8 +71,9 @@ def _agreement(a, b, family, group_size, reduction, grad_a, grad_b):
 
 
 def _evidence_cross_entropy(
-    a, messages, log_prior, target, family, group_size, reduction, ignore_index, grad_a, grad_messages, grad_log_prior
-):
+    a, messages, log_prior, target, family, group_size, label_smoothing, reduction, ignore_index,
+    grad_a, grad_messages, grad_log_prior,
+):  # fmt: skip
     return _loss(a), _like(a, grad_a), _like(messages, grad_messages), _like(log_prior, grad_log_prior)
 
 

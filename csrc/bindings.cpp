@@ -98,13 +98,13 @@ int64_t evidence_workspace(int64_t rows, int64_t classes, int64_t width, int64_t
 void evidence_cross_entropy_at(int64_t a, int64_t messages, int64_t log_prior, int64_t labels, int64_t probabilities,
                                int64_t grad_a, int64_t grad_messages, int64_t grad_log_prior, int64_t loss,
                                int64_t workspace, int64_t rows, int64_t classes, int64_t width, int64_t group,
-                               int64_t ignore_index, int family, int dtype, bool mean) {
+                               int64_t ignore_index, float smoothing, int family, int dtype, bool mean) {
     const float scale = row_scale(labels, rows, classes, ignore_index, mean);
     EvidenceJob job = {pointer<const void>(a), pointer<const void>(messages), pointer<const void>(log_prior),
                        pointer<const int64_t>(labels), pointer<const float>(probabilities), pointer<void>(grad_a),
                        pointer<void>(grad_messages), pointer<void>(grad_log_prior), pointer<float>(loss),
-                       pointer<float>(workspace), rows, classes, width, group, ignore_index, static_cast<Family>(family),
-                       static_cast<DType>(dtype), scale};
+                       pointer<float>(workspace), rows, classes, width, group, ignore_index, smoothing,
+                       static_cast<Family>(family), static_cast<DType>(dtype), scale};
     std::unique_ptr<float[]> own;
     if (!workspace) {
         own.reset(new float[EvidenceWorkspace(job, nullptr).size]);

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kPiece = 1 << 16;  // elements of rows x classes x units worth handing to a thread
 
+// Pieces of work, of `elements` each, that a thread takes at a time: about kPiece elements; the 1 is for no elements.
 int64_t grain(int64_t elements) { return elements < kPiece ? kPiece / (elements + 1) + 1 : 1; }
 
 // ---- the softmax error ----
@@ -36,7 +37,7 @@ template <class T> void take_softmax(const Inputs<T>& in) {
         int64_t n = i * kLanes;
         SoftmaxTarget target(job.labels ? job.labels + n : nullptr,
                              job.labels ? nullptr : job.probabilities + n * job.classes, job.classes, job.ignore_index,
-                             in.lanes(n), job.scale);
+                             job.smoothing, in.lanes(n), job.scale);
         store(work.row_loss + n, softmax_error(work.error + n, work.rest + n, work.rows, job.classes, target));
         for (int64_t g = 0; g < work.large; g++) divide_error(in, g, n);
     };

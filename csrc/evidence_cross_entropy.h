@@ -23,15 +23,21 @@ struct EvidenceJob {
     int64_t rows, classes, width;
     int64_t group;  // units of a categorical group; divides width
     int64_t ignore_index;
+    float smoothing;  // the share of every target that is spread over all classes
     Family family;
     DType dtype;  // of a, messages, log_prior and the gradients
     float scale;  // of loss and gradients
 };
 
-// Categorical groups above this size are summed over blocks, and their sums kept [groups, classes, rows].
+// Categorical groups above this size are summed over blocks, and their sums kept [groups, classes, rows].  Smaller ones
+// lie in a block as a whole; 64 units of kChunk rows (csrc/evidence_gradients.h) are 128 KiB, a part of a core's L2.
 constexpr int64_t kLargeGroup = 64;
 
-// The parts of the workspace; rows are padded to whole vectors of any instruction set.
+// Floats of the widest vector of any instruction set, AVX-512's; the parts of the workspace are multiples of it.
+constexpr int64_t kWidestVector = 16;
+static constexpr int64_t whole_vectors(int64_t n) { return (n + kWidestVector - 1) / kWidestVector * kWidestVector; }
+
+// The parts of the workspace.  What code is outside BLLKERN_ISA is inlined, see csrc/simd.h.
 struct EvidenceWorkspace {
     int64_t rows;           // padded
     int64_t large;          // groups that are summed over blocks
@@ -50,13 +56,13 @@ struct EvidenceWorkspace {
     float* over_rows;       // [classes] sum over rows of the error
     int64_t size;
 
-    EvidenceWorkspace(const EvidenceJob& job, float* base) {
-        rows = (job.rows + 15) / 16 * 16;
+    inline __attribute__((always_inline)) EvidenceWorkspace(const EvidenceJob& job, float* base) {
+        rows = whole_vectors(job.rows);
         large = job.family == Family::categorical && job.group > kLargeGroup ? job.width / job.group : 0;
         size = 0;
-        auto take = [&](int64_t n) {
+        auto take = [&](int64_t n) __attribute__((always_inline)) {
             float* p = base ? base + size : nullptr;
-            size += (n + 15) / 16 * 16;
+            size += whole_vectors(n);
             return p;
         };
         error = take(job.classes * rows), rest = take(job.classes * rows);

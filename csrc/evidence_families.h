@@ -20,8 +20,8 @@
 
 namespace bllkern::BLLKERN_ISA {
 
-// Messages beyond it, which would leave the range of float in products of exponentials, are treated one by one
-// (csrc/evidence_wide.h).
+// Messages b beyond it are treated one by one (csrc/evidence_wide.h).  A factor e^b up to e^60 leaves e^28 = 10^12
+// below the largest float to the sums over group members and rows, and its reciprocal e^27 above the smallest normal.
 constexpr float kWide = 60.f;
 
 struct Evidence {
@@ -80,25 +80,17 @@ struct BernoulliEvidence {
 // With p = softmax(a) in each group and v = e^b:  log sum_j p_j v_j, and mean_j(a + b) = p_j v_j / sum_k p_k v_k.
 // by_a is p_j (h_j - sum_k p_k h_k) with h_j = sum_c e (v_j - 1) / sum_k p_k v_k: the kernels, which know the groups,
 // make it.
-struct CategoricalEvidence {
-    static constexpr int kParameters = 1, kRow = 1, kMessage = 2, kAccumulators = 2;
-    static constexpr bool kFactors = true, kGrouped = true, kLarge = false, kExponential = true, kRelative = false;
-    static constexpr double kSum = 0, kLog = 1;
-    static constexpr int64_t kUnits = 256;
-    static constexpr float kFill[1] = {0.f};
+struct CategoricalEvidence : BernoulliEvidence {
+    static constexpr int kRow = 1, kAccumulators = 2;
+    static constexpr bool kGrouped = true;
 
     BLLKERN_INLINE void row(const Lanes (&a)[1], Lanes (&out)[1]) { out[0] = a[0]; }
-    BLLKERN_INLINE Lanes size(const Lanes (&b)[1], const Lanes (&b_0)[1]) { return BernoulliEvidence::size(b, b_0); }
-    BLLKERN_INLINE void message(const Lanes (&b)[1], Lanes (&out)[2]) { BernoulliEvidence::message(b, out); }
     BLLKERN_INLINE void add(Evidence& evidence, const Lanes (&row)[1], const Lanes (&message)[2]) {
         evidence.sum += row[0] * message[0];
     }
     BLLKERN_INLINE void close_group(Evidence& evidence) {
         evidence.product *= evidence.sum;
         evidence.sum = splat<Lanes>(0.f);
-    }
-    BLLKERN_INLINE void by_message(const Lanes (&b)[1], Lanes (&sums)[1], Lanes e) {
-        BernoulliEvidence::by_message(b, sums, e);
     }
 };
 

@@ -6,8 +6,11 @@
 
 namespace bllkern::BLLKERN_ISA {
 
-constexpr int64_t kChunk = 512;  // most rows that are prepared at a time
-constexpr int64_t kNarrow = 16;  // parameters of a block; more where a group has more
+// Most rows that are prepared at a time: with kNarrow parameters 32 KiB for each value of the rows, and as much for
+// each sum over classes, which stay in a core's L2 while the classes go by.
+constexpr int64_t kChunk = 512;
+// Parameters of a block; more where a group has more.  The widest vector, which is what transposes take at a time.
+constexpr int64_t kNarrow = kWidestVector;
 
 template <class F, class T> class Gradients {
     static constexpr int P = F::kParameters;
@@ -27,9 +30,25 @@ template <class F, class T> class Gradients {
         float* over_classes;  // [count, P, chunk_rows] sums over classes, then gradients by a
         Lanes* partial;       // [count, P, kClasses] sums over the rows of a chunk, across lanes
         Messages messages;
-        float* over_rows;     // [P, stride, classes] sums over rows
+        float* over_rows;     // [P, stride, classes] sums over rows; begins at 0, as all that follows
         float* wide;          // [stride, classes] gradients by wide messages
         float* is_wide;       // [classes] whether any unit of the message is wide
+        int64_t size = 0;     // floats of all parts, which lie one after the other from `base` on
+
+        Block(const Gradients& of, const Units& units, float* base)
+            : units(units), stride(ceil_div(units.count, kLanes) * kLanes) {
+            auto take = [&](int64_t n) {
+                float* p = base ? base + size : nullptr;
+                size += n;
+                return p;
+            };
+            rows = take(units.count * F::kRow * of.chunk_rows), over_classes = take(units.count * P * of.chunk_rows);
+            partial = reinterpret_cast<Lanes*>(take(units.count * P * kClasses * kLanes));
+            messages = {take(F::kMessage * kClasses * stride), stride};
+            over_rows = take(P * stride * of.classes);
+            wide = take(F::kExponential ? stride * of.classes : 0), is_wide = take(F::kExponential ? of.classes : 0);
+            for (float* p = over_rows; base && p < base + size; p++) *p = 0;
+        }
     };
 
   public:
@@ -39,20 +58,9 @@ template <class F, class T> class Gradients {
 
     void operator()(int64_t i) const {
         int64_t begin = i % blocks_per_whole * step, count = smaller(step, whole - begin);
-        int64_t stride = ceil_div(count, kLanes) * kLanes;
-        int64_t sizes[] = {count * F::kRow * chunk_rows,     count * P * chunk_rows,
-                           count * P * kClasses * kLanes,    F::kMessage * kClasses * stride,
-                           P * stride * classes,             F::kExponential ? stride * classes : 0,
-                           F::kExponential ? classes : 0};
-        float* parts[7];
-        int64_t total = 0;
-        for (int64_t size : sizes) total += size;
-        Buffer buffer(total);
-        for (int k = 0; k < 7; k++) parts[k] = k ? parts[k - 1] + sizes[k - 1] : buffer.p;
-        Block block = {{i / blocks_per_whole * whole + begin, count, width, in.job.width}, stride, parts[0], parts[1],
-                       reinterpret_cast<Lanes*>(parts[2]), {parts[3], stride}, parts[4], parts[5], parts[6]};
-        for (int64_t k = 0; k < sizes[4] + sizes[5] + sizes[6]; k++) block.over_rows[k] = 0;
-
+        Units units = {i / blocks_per_whole * whole + begin, count, width, in.job.width};
+        Buffer buffer(Block(*this, units, nullptr).size);
+        Block block(*this, units, buffer.p);
         for (int64_t n = 0; n < in.job.rows; n += chunk_rows) chunk(block, n, smaller(chunk_rows, in.job.rows - n));
         if (in.job.grad_messages) write_messages(block);
     }
@@ -102,6 +110,8 @@ template <class F, class T> class Gradients {
     template <class Call> void for_wide(const Block& block, Call f) const { for_wide(block, 0, in.job.classes, f); }
 
     void sum_classes(const Block& block, int64_t n, int64_t rows, int64_t c) const {
+        // V vectors of rows, whose values and sums over classes take half of the registers at most; the others are for
+        // one class: its message, its sums over rows and what F::slope computes
         constexpr int V = F::kRow == 1 && !F::kGrouped ? kRegisters / 4 : kRegisters / 8 / F::kAccumulators;
         int64_t count = smaller(kClasses, in.job.classes - c), size = F::kGrouped ? in.group : 1;
         const float* errors = in.work.error;

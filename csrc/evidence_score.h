@@ -7,8 +7,8 @@
 
 namespace bllkern::BLLKERN_ISA {
 
-constexpr int64_t kRows = 64;    // rows of a block
-constexpr float kRange = 86.f;   // a product stays a normal float while its logarithm is smaller
+constexpr int64_t kRows = 64;   // rows of a block: with kClasses 32 KiB of sums in double
+constexpr float kRange = 86.f;  // a product stays a normal float while its logarithm is smaller
 
 BLLKERN_INLINE int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
@@ -156,7 +156,8 @@ template <class F, class T> class Score {
     }
 
     void add(const Block& block, int64_t count, const float* bounds, double* sums) const {
-        constexpr int V = kRegisters / 8 / F::kAccumulators;
+        // V vectors of rows, whose accumulators for kTileClasses classes take half of the registers
+        constexpr int V = kRegisters / (2 * kTileClasses) / F::kAccumulators;
         for (int64_t c = 0; c < block.classes; c += kTileClasses) {
             float bound = 0;
             for (int64_t k = c; k < c + kTileClasses; k++) bound = bounds[k] <= bound ? bound : bounds[k];

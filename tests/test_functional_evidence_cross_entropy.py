@@ -117,6 +117,32 @@ def test_class_probabilities(backend, name, reduction):
     )
 
 
+@pytest.mark.parametrize("label_smoothing", [0.1, 1.0])
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("name", NAMES)
+def test_label_smoothing(backend, name, soft, label_smoothing):
+    a, messages = parameters(name, 5, 6, dtype=torch.float32), message_parameters(name, 4, 6)
+    target = torch.rand(5, 4).softmax(1) if soft else torch.tensor([0, 3, 3, 1, 2])
+    expected = target.double() if soft else target
+    assert_matches_float64(
+        lambda a, m, p: evidence_cross_entropy(a, m, target, name, log_prior=p, label_smoothing=label_smoothing),
+        lambda a, m, p: F.cross_entropy(from_log_partitions(name, a, m) + p, expected, label_smoothing=label_smoothing),
+        *(a, messages, torch.randn(4)),
+        tolerance=EVIDENCE_TOLERANCE,
+    )
+
+
+def test_label_smoothing_of_many_classes(backend):
+    """What thousands of equal shares add up to."""
+    a, messages, target = torch.randn(6, 9), message_parameters("bernoulli", 5003, 9), torch.randint(5003, (6,))
+    assert_matches_float64(
+        lambda a, m: evidence_cross_entropy(a, m, target, label_smoothing=0.5),
+        lambda a, m: F.cross_entropy(from_log_partitions("bernoulli", a, m), target, label_smoothing=0.5),
+        *(a, messages),
+        tolerance=EVIDENCE_TOLERANCE,
+    )
+
+
 def test_one_hot_probabilities_are_class_indices(backend):
     a, messages, target = torch.randn(5, 6), torch.randn(4, 6), torch.tensor([0, 3, 3, 1, 2])
     by_index = value_and_gradients(lambda a, m: evidence_cross_entropy(a, m, target), a, messages)
@@ -127,24 +153,25 @@ def test_one_hot_probabilities_are_class_indices(backend):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("ignore_index", [-100, 2])
-def test_ignored_rows_do_not_count(backend, reduction, ignore_index):
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_ignored_rows_do_not_count(backend, reduction, ignore_index, label_smoothing):
     a, messages = torch.randn(5, 6), torch.randn(4, 6)
     target = torch.tensor([0, ignore_index, 3, ignore_index, 1])
+    settings = dict(reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing)
     assert_matches_float64(
-        lambda a, m: evidence_cross_entropy(a, m, target, "bernoulli", reduction, ignore_index),
-        lambda a, m: F.cross_entropy(
-            from_log_partitions("bernoulli", a, m), target, reduction=reduction, ignore_index=ignore_index
-        ),
+        lambda a, m: evidence_cross_entropy(a, m, target, "bernoulli", **settings),
+        lambda a, m: F.cross_entropy(from_log_partitions("bernoulli", a, m), target, **settings),
         *(a, messages),
         tolerance=EVIDENCE_TOLERANCE,
     )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_all_rows_ignored(backend, reduction):
-    target = torch.full((5,), -100)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_all_rows_ignored(backend, reduction, label_smoothing):
+    settings = dict(target=torch.full((5,), -100), reduction=reduction, label_smoothing=label_smoothing)
     results = value_and_gradients(
-        lambda a, m: evidence_cross_entropy(a, m, target, reduction=reduction), torch.randn(5, 6), torch.randn(4, 6)
+        lambda a, m: evidence_cross_entropy(a, m, **settings), torch.randn(5, 6), torch.randn(4, 6)
     )
     assert all(torch.equal(x, torch.zeros_like(x)) for x in results)
 
@@ -256,6 +283,8 @@ def test_classes_that_exclude_the_sample(backend):
         (dict(family="categorical:4"), ValueError, "a must have .*group_size 4, got 6"),
         (dict(log_prior=torch.zeros(3)), ValueError, r"log_prior must be None or have shape \[4\], got \[3\]"),
         (dict(log_prior=torch.zeros(4, device="meta")), ValueError, "log_prior must be on the device of a, cpu"),
+        (dict(label_smoothing=1.5), ValueError, "label_smoothing must be from 0 to 1, got 1.5"),
+        (dict(label_smoothing=float("nan")), ValueError, "label_smoothing must be from 0 to 1, got nan"),
         (dict(reduction="none"), ValueError, r"reduction must be one of \('mean', 'sum'\), got 'none'"),
     ],
 )

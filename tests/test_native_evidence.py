@@ -23,9 +23,9 @@ def sample(family, rows, classes, width, dtype=torch.float32):
 
 
 def arguments(
-    inputs, target, family="bernoulli", group=0, reduction="mean", ignore_index=-100, wanted=(True, True, True)
+    inputs, target, family="bernoulli", group=0, reduction="mean", ignore_index=-100, smoothing=0.0, wanted=(True,) * 3
 ):
-    return *inputs, target, family, group, reduction, ignore_index, *wanted
+    return *inputs, target, family, group, smoothing, reduction, ignore_index, *wanted
 
 
 def errors(inputs, target, *settings):
@@ -66,6 +66,19 @@ def test_group_sizes(isa, group, groups):
 def test_class_probabilities(isa, family):
     target = torch.rand(33, 9).softmax(1) * torch.linspace(0, 2, 33)[:, None]
     assert max(errors(sample(family, 33, 9, 34), target, family, 0, "sum")) <= 1e-5
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("family, group", [*((name, 0) for name in FAMILIES), ("categorical", 3)])
+def test_label_smoothing(isa, family, group, soft):
+    """Rows to ignore, probabilities that do not sum to 1, and classes in several blocks."""
+    target = torch.randint(130, (33,))
+    target[::4] = 7
+    if soft:
+        target = torch.rand(33, 130).softmax(1) * torch.linspace(0, 2, 33)[:, None]
+    for smoothing in (0.1, 1.0):
+        settings = (family, group, "mean", 7, smoothing)
+        assert max(errors(sample(family, 33, 130, 66), target, *settings)) <= 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)

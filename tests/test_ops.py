@@ -35,9 +35,11 @@ def agreement(family, reduction, *shape):
     return Case(f"agreement-{family}-{reduction}", "agreement", call, (shape, shape), family)
 
 
-def evidence(family, reduction, target):
-    call = lambda a, m: BF.evidence_cross_entropy(a, m, target, family, reduction)  # noqa: E731
-    name = f"evidence-{family}-{reduction}-{'soft' if target is SOFT else 'labels'}"
+def evidence(family, reduction, target, smoothing=0.0):
+    def call(a, messages):
+        return BF.evidence_cross_entropy(a, messages, target, family, reduction, label_smoothing=smoothing)
+
+    name = f"evidence-{family}-{reduction}-{'soft' if target is SOFT else 'labels'}" + "-smoothed" * (smoothing > 0)
     return Case(name, "evidence_cross_entropy", call, ((7, 6), (4, 6)), family)
 
 
@@ -76,11 +78,11 @@ CASES = [
     agreement("gaussian_learned", "sum", 4, 6),
     agreement("poisson", "none", 4, 5),
     evidence("bernoulli", "mean", LABELS),
-    evidence("bernoulli", "sum", SOFT),
+    evidence("bernoulli", "sum", SOFT, smoothing=0.1),
     evidence("categorical:3", "mean", LABELS),
     evidence("categorical", "sum", LABELS),
     evidence("gaussian", "mean", SOFT),
-    evidence("gaussian_learned", "mean", LABELS),
+    evidence("gaussian_learned", "mean", LABELS, smoothing=0.1),
     evidence("poisson", "sum", LABELS),
     linear("labels", (7, 5), LABELS),
     linear("sum-smoothed", (7, 5), LABELS, reduction="sum", smoothing=0.1),
@@ -318,8 +320,8 @@ def raw_calls(op, wanted):
             yield x, transposed, "bernoulli", 0, reduction, wanted, wanted
             yield transposed, x, "categorical", 3, reduction, wanted, not wanted
     elif op == "evidence_cross_entropy":
-        yield x, weight, bias, LABELS, "bernoulli", 0, "mean", -100, wanted, wanted, wanted
-        yield transposed, weight, None, SOFT, "gaussian", 0, "sum", -100, wanted, not wanted, False
+        yield x, weight, bias, LABELS, "bernoulli", 0, 0.1, "mean", -100, wanted, wanted, wanted
+        yield transposed, weight, None, SOFT, "gaussian", 0, 0.0, "sum", -100, wanted, not wanted, False
     elif op == "linear_cross_entropy":
         for features in (x, transposed, torch.randn(7, 6, 2, 2)):
             yield features, weight, bias, LABELS, 0.1, "mean", -100, wanted, wanted, wanted

@@ -99,10 +99,13 @@ def test_linear_with_minus_infinity_and_large_logits():
     compare("linear_cross_entropy", args, 1e-6)
 
 
-def evidence_arguments(rows, width, classes, target, family, size=0, reduction="mean", prior=True, scale=1.0):
+def evidence_arguments(
+    rows, width, classes, target, family, size=0, reduction="mean", prior=True, scale=1.0, smoothing=0.0
+):
     f = families.get(family)
     a, messages = f.natural(random(rows, width)), f.natural(random(classes, width, seed=1, scale=scale))
-    return [a, messages, random(classes, seed=2) if prior else None, target, family, size, reduction, -100, *EVERY]
+    log_prior = random(classes, seed=2) if prior else None
+    return [a, messages, log_prior, target, family, size, smoothing, reduction, -100, *EVERY]
 
 
 @pytest.mark.parametrize("sizes", ((1, 2, 2), (5, 14, 1), (33, 18, 17), (3, 10, 65), (66, 6, 3), (4, 50, 5)), ids=str)
@@ -111,6 +114,14 @@ def test_evidence(family, sizes):
     rows, width, classes = sizes
     for target in (labels(rows, classes, rows > 1), random(rows, classes, seed=3).softmax(1)):
         compare("evidence_cross_entropy", evidence_arguments(*sizes, target, family), 1e-5)
+
+
+@pytest.mark.parametrize("reduction", ("mean", "sum"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_evidence_with_label_smoothing(family, reduction):
+    for target in (labels(9, 7), random(9, 7, seed=3).softmax(1)):
+        args = evidence_arguments(9, 10, 7, target, family, 0, reduction, smoothing=0.1)
+        compare("evidence_cross_entropy", args, 1e-5)
 
 
 @pytest.mark.parametrize("size", (2, 5, 16))

@@ -17,6 +17,7 @@ def evidence_cross_entropy(
     target: Tensor,
     family: str,
     group_size: int,
+    label_smoothing: float,
     reduction: str,
     ignore_index: int,
     grad_a: bool,
@@ -24,7 +25,7 @@ def evidence_cross_entropy(
     grad_log_prior: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The op ``evidence_cross_entropy`` of ``bllkern/_ops.py`` on the CPU."""
-    (rows, width), classes = a.shape, len(messages)
+    (rows, width), classes = a.shape, messages.shape[0]
     _check("messages", messages, a, (classes, width))
     if log_prior is not None:
         _check("log_prior", log_prior, a, (classes,))
@@ -58,6 +59,7 @@ def evidence_cross_entropy(
         width,
         group,
         ignore_index,
+        label_smoothing,
         family_index,
         DTYPES[dtype],
         reduction == "mean",

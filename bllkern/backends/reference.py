@@ -74,8 +74,9 @@ def _softmax_error(logits, target, label_smoothing, reduction, ignore_index):
 
 
 def evidence_cross_entropy(
-    a, messages, log_prior, target, family, group_size, reduction, ignore_index, grad_a, grad_messages, grad_log_prior
-):
+    a, messages, log_prior, target, family, group_size, label_smoothing, reduction, ignore_index,
+    grad_a, grad_messages, grad_log_prior,
+):  # fmt: skip
     """Cross-entropy over classes of the log evidences ``A(a + b_c) - A(a)`` plus the log prior of each class.
 
     With the softmax error ``e`` [N, C]: gradient by ``a`` is ``sum_c e_c (mean(a + b_c) - mean(a))``, by ``b_c``
@@ -84,7 +85,7 @@ def evidence_cross_entropy(
     f, x, b = _family(family, group_size), _full(a), _full(messages)
     # [N, C, D] below: the reference holds what the kernels must not
     logits = f.evidence(x[:, None], b) + (0 if log_prior is None else _full(log_prior))
-    loss, error = _softmax_error(logits, target, 0.0, reduction, ignore_index)
+    loss, error = _softmax_error(logits, target, label_smoothing, reduction, ignore_index)
     if grad_a or grad_messages:
         mean = f.mean(x[:, None] + b)
         by_a = torch.einsum("nc,ncd->nd", error, mean) - error.sum(1, keepdim=True) * f.mean(x)

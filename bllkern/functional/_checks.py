@@ -63,6 +63,12 @@ def checked_target(target: Tensor, of: str, x: Tensor, classes: int | None) -> T
     return target.detach() if target.requires_grad else target
 
 
+def check_cross_entropy(label_smoothing: float, reduction: str) -> None:
+    check_reduction(reduction, ("mean", "sum"))
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
+
+
 def check_rows(x: Tensor) -> None:
     unified(x=x)
     if x.dim() != 2:

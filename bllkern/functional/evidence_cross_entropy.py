@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import families
 from ..backends import run
-from ._checks import check_reduction, checked_target, needs_grad, once_differentiable, unified, upstream_times
+from ._checks import check_cross_entropy, checked_target, needs_grad, once_differentiable, unified, upstream_times
 
 
 class _EvidenceCrossEntropy(torch.autograd.Function):
@@ -21,7 +21,7 @@ class _EvidenceCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        return *upstream_times(ctx.saved_tensors, upstream), *[None] * 5
+        return *upstream_times(ctx.saved_tensors, upstream), *[None] * 6
 
 
 def evidence_cross_entropy(
@@ -32,6 +32,7 @@ def evidence_cross_entropy(
     reduction: str = "mean",
     ignore_index: int = -100,
     log_prior: Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Class-normalised prediction: cross-entropy over the log evidence of each class under the forward message.
 
@@ -47,6 +48,8 @@ def evidence_cross_entropy(
         log_prior: what is added to the log evidence of each class [C], for instance its log prior probability, or
             ``-A(b_c)``, which makes the classes equally likely at ``a = 0`` (and makes ``"gaussian"`` an untied linear
             head).
+        label_smoothing: the share of every target that is spread over all classes, as in
+            ``torch.nn.functional.cross_entropy`` (arXiv 1512.00567, section 7).
 
     Returns: a scalar in nats.
     Raises: ``ValueError`` for shapes, devices, values, family or reduction; ``TypeError`` for dtypes.
@@ -61,9 +64,9 @@ def evidence_cross_entropy(
     if log_prior is not None and log_prior.shape != (classes,):
         raise ValueError(f"log_prior must be None or have shape [{classes}], got {list(log_prior.shape)}")
     target = checked_target(target, "a", a, classes)
-    check_reduction(reduction, ("mean", "sum"))
+    check_cross_entropy(label_smoothing, reduction)
     f.check_width(width, "a")
-    args = (target, f.name, f.group_size or 0, reduction, ignore_index)
+    args = (target, f.name, f.group_size or 0, label_smoothing, reduction, ignore_index)
     if needs_grad(a, messages, log_prior):
         return _EvidenceCrossEntropy.apply(a, messages, log_prior, *args)
     return run("evidence_cross_entropy", a, messages, log_prior, *args, False, False, False)[0]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import run, small_linear_cross_entropy
-from ._checks import check_reduction, checked_target, needs_grad, once_differentiable, unified, upstream_times
+from ._checks import check_cross_entropy, checked_target, needs_grad, once_differentiable, unified, upstream_times
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -58,10 +58,8 @@ def linear_cross_entropy(
         raise ValueError(f"weight must have shape [C, {width}] with C >= 1, got {list(weight.shape)}")
     if bias is not None and bias.shape != (classes,):
         raise ValueError(f"bias must be None or have shape [{classes}], got {list(bias.shape)}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
     target = checked_target(target, "x", x, classes)
-    check_reduction(reduction, ("mean", "sum"))
+    check_cross_entropy(label_smoothing, reduction)
     args = (target, label_smoothing, reduction, ignore_index)
     if with_gradients:
         return _LinearCrossEntropy.apply(x, weight, bias, *args)

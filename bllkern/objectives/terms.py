@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import families, feedback, functional
-from ..backends import reference
 from ..execution.targets import Targets, kind_of
 from ..feedback import LazyWeight
 from .features import raised, rows
@@ -231,10 +230,11 @@ class Batch:
         return functional.evidence_cross_entropy(
             self.family.natural(self.features),
             self.messages,
-            smoothed(self.y, len(self.messages), self.recipe.label_smoothing, self.ignore_index),
+            self.y,
             self.family,
             ignore_index=self.ignore_index,
             log_prior=self.loss.log_prior - self.family.A(self.messages),
+            label_smoothing=self.recipe.label_smoothing,
         )
 
     def prediction(self) -> Tensor:
@@ -288,23 +288,6 @@ class Batch:
     def _needs_classes(self, term: str) -> None:
         if self.kind == "real":
             raise ValueError(f"{term} normalises over classes: targets must be classes or probabilities, got real")
-
-
-def smoothed(target: Tensor, classes: int, share: float, ignore_index: int) -> Tensor:
-    """The target as class probabilities [N, C], ``share`` of each row spread over the classes (arXiv 1512.00567).
-
-    For an op whose mean runs over all rows: those with ``ignore_index`` are 0, and the others weigh more instead.
-    ``target`` itself where nothing is to be spread.
-    """
-    if share == 0:
-        return target
-    if target.is_floating_point():
-        return target * (1 - share) + share / classes
-    reference.check_labels(target, classes, ignore_index)  # as the op would have
-    counted = target != ignore_index
-    weight = counted * (len(target) / counted.sum(dtype=torch.float64).clamp(min=1))
-    spread = (share / classes * weight)[:, None].expand(-1, classes)
-    return spread.scatter_add(1, target.where(counted, 0)[:, None], ((1 - share) * weight)[:, None])
 
 
 def total(terms: dict[str, Tensor], scale: float) -> Tensor:

@@ -237,14 +237,16 @@ def _sum_of_means(p, q, error, lse, lse_strides, family, size):
     return out.sum(0) if parts > 1 else out[0]
 
 
-def _evidence(a, messages, log_prior, target, family, group_size, reduction, ignore_index, grad_a, grad_messages):
+def _evidence(
+    a, messages, log_prior, target, family, group_size, label_smoothing, reduction, ignore_index, grad_a, grad_messages
+):
     """Loss, gradients by a and messages (or ``None``), and the softmax error [N, C] times the mean's factor."""
     size = (group_size or a.shape[1]) if family == "categorical" else 1
     if family == "categorical":
         a = a.float().unflatten(1, (-1, size)).log_softmax(2).flatten(1)
     logits, lse = _logits(a, messages, family, size)
     losses = a.new_empty(len(a), dtype=torch.float32)
-    softmax_error(logits, log_prior, target, 0.0, ignore_index, losses, logits)
+    softmax_error(logits, log_prior, target, label_smoothing, ignore_index, losses, logits)
     scale = mean_or_sum(target, reduction, ignore_index)
     error, (rows, classes) = logits.mul_(scale), logits.shape
     by_a = by_messages = None
@@ -259,7 +261,7 @@ def _evidence(a, messages, log_prior, target, family, group_size, reduction, ign
     return losses.sum() * scale, by_a, by_messages, error
 
 
-def _linear(a, messages, log_prior, target, family, reduction, ignore_index, *wanted):
+def _linear(a, messages, log_prior, target, family, label_smoothing, reduction, ignore_index, *wanted):
     """Gaussian and Poisson: a linear head, whose gradients then go through its statistics of a and of the messages."""
     grad_a, grad_messages, grad_log_prior = wanted
     if family == "gaussian":
@@ -270,7 +272,7 @@ def _linear(a, messages, log_prior, target, family, reduction, ignore_index, *wa
     else:
         x, weight, bias, grad_bias = a.float().exp(), messages.float().expm1(), log_prior, grad_log_prior
     loss, by_a, by_messages, by_bias = head(
-        x, weight, bias, target, 0.0, reduction, ignore_index, grad_a, grad_messages, grad_bias
+        x, weight, bias, target, label_smoothing, reduction, ignore_index, grad_a, grad_messages, grad_bias
     )
     if family == "gaussian":
         by_messages = by_messages.addcmul_(by_bias[:, None], messages.float()) if grad_messages else None
@@ -281,8 +283,9 @@ def _linear(a, messages, log_prior, target, family, reduction, ignore_index, *wa
 
 
 def evidence_cross_entropy(
-    a, messages, log_prior, target, family, group_size, reduction, ignore_index, grad_a, grad_messages, grad_log_prior
-):
+    a, messages, log_prior, target, family, group_size, label_smoothing, reduction, ignore_index,
+    grad_a, grad_messages, grad_log_prior,
+):  # fmt: skip
     """See ``bllkern/_ops.py``."""
     inputs = a, messages, log_prior
     grad_log_prior = grad_log_prior and log_prior is not None
@@ -294,10 +297,10 @@ def evidence_cross_entropy(
             loss = a.new_zeros((), dtype=torch.float32)
             grads = [None if x is None else torch.zeros_like(x) for x in inputs]
         elif family in ("gaussian", "poisson"):
-            loss, *grads = _linear(a, messages, log_prior, target, family, reduction, ignore_index, *wanted)
+            settings = target, family, label_smoothing, reduction, ignore_index
+            loss, *grads = _linear(a, messages, log_prior, *settings, *wanted)
         else:
-            loss, *grads, error = _evidence(
-                a, messages, log_prior, target, family, group_size, reduction, ignore_index, *wanted[:2]
-            )
+            settings = target, family, group_size, label_smoothing, reduction, ignore_index
+            loss, *grads, error = _evidence(a, messages, log_prior, *settings, *wanted[:2])
             grads.append(error.sum(0) if grad_log_prior else None)
         return loss, *(g.to(x.dtype) if w else None for g, x, w in zip(grads, inputs, wanted, strict=True))
