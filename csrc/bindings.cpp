@@ -1,5 +1,5 @@
-// The module bllkern._C: kernels called with raw pointers as integers.  bllkern/_native.py is its only caller and
-// checks every argument.
+// The module bllkern._C: kernels called with raw pointers as integers.  bllkern/_native/ is its only caller and checks
+// every argument.
 #include <pybind11/pybind11.h>
 
 #include <memory>
@@ -24,7 +24,7 @@ using namespace bllkern;
 
 namespace {
 
-constexpr int64_t kSmallHead = int64_t{1} << 20;  // rows * width * classes below which Python's checks take as long as the loss
+constexpr int64_t kSmallHead = int64_t{1} << 20;  // rows * width * classes up to which Python's checks take long beside it
 constexpr int64_t kLongCall = int64_t{1} << 15;  // elements from which on giving up the interpreter lock is cheap
 
 py::tuple supported_isas() {
@@ -143,17 +143,19 @@ py::object small_head_loss(py::handle x, py::handle weight, py::handle bias, py:
     const int dtype = of_x.float_type();
     const bool fits = dtype >= 0 && of_weight.dtype == of_x.dtype && of_weight.sizes[1] == width &&
                       labels.dtype == Torch::get().int64 && labels.sizes[0] == rows && smoothing >= 0 &&
-                      smoothing <= 1 && (reduction == "mean" || reduction == "sum") && rows * width * classes < kSmallHead;
+                      smoothing <= 1 && (reduction == "mean" || reduction == "sum") &&
+                      rows * width * classes < kSmallHead;
     if (!fits) return py::none();
     const void* offsets = nullptr;
     if (!bias.is_none()) {
         const PlainTensor of_bias(bias);
         offsets = of_bias.data;
-        if (!offsets || of_bias.dims != 1 || of_bias.dtype != of_x.dtype || of_bias.sizes[0] != classes) return py::none();
+        if (!offsets || of_bias.dims != 1 || of_bias.dtype != of_x.dtype || of_bias.sizes[0] != classes)
+            return py::none();
     }
     auto address = [](const void* p) { return reinterpret_cast<int64_t>(p); };
-    return py::float_(linear_head_at(address(of_x.data), address(of_weight.data), address(offsets), address(labels.data),
-                                     0, 0, 0, 0, rows, width, classes, ignore_index, static_cast<float>(smoothing),
+    return py::float_(linear_head_at(address(of_x.data), address(of_weight.data), address(offsets),
+                                     address(labels.data), 0, 0, 0, 0, rows, width, classes, ignore_index, static_cast<float>(smoothing),
                                      reduction == "mean", dtype));
 }
 

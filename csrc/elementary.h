@@ -1,8 +1,8 @@
 // Elementary functions over any lane type V: float in CUDA code, a vector of floats on the CPU.
 //
-// V has arithmetic and comparisons, and the functions bits, from_bits, to_float, select, at_least, divide and
-// reciprocal (csrc/simd.h, csrc/device.cuh).  Errors are stated in ulp of float, the largest found on the CPU at 2e7 arguments over
-// the stated range; NaN arguments give NaN.
+// V has arithmetic and comparisons, and the functions bits, from_bits, to_float, select, at_least, divide and reciprocal
+// (csrc/simd.h, csrc/device.cuh).  Errors are stated in ulp of float, the largest found on the CPU at 2e7 arguments over the
+// stated range; NaN arguments give NaN.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -74,8 +74,11 @@ template <class V> BLLKERN_INLINE V exp(V x) {
 // 2 atanh(z) = 2z + 2z^3/3 + 2z^5/5 + ..., to 0.6 ulp for |z| <= 1/3
 template <class V> BLLKERN_INLINE V twice_atanh(V z) {
     V square = z * z, series;
-    if constexpr (kCoarse<V>) series = polynomial(square, 3.32455446e-1f, 2.24556294e-1f);
-    else series = polynomial(square, 3.333333368e-1f, 1.999984750e-1f, 1.429644033e-1f, 1.084943630e-1f, 1.162988504e-1f);
+    if constexpr (kCoarse<V>)
+        series = polynomial(square, 3.32455446e-1f, 2.24556294e-1f);
+    else
+        series = polynomial(square, 3.333333368e-1f, 1.999984750e-1f, 1.429644033e-1f, 1.084943630e-1f,
+                            1.162988504e-1f);
     V twice = z + z;
     return twice * (square * series) + twice;
 }

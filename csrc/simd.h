@@ -72,9 +72,9 @@ template <class T> BLLKERN_INLINE T load_raw(const void* p) {
     return x;
 }
 
-// A bfloat16 is the upper half of a float.  It is rounded to nearest even: half a unit of the kept part is added, less one
-// where that part is even.  A NaN stays one: the low half of its bits is 0 in what processors make and in what comes from
-// bfloat16, so nothing carries over.
+// A bfloat16 is the upper half of a float.  It is rounded to nearest even: half a unit of the kept part is added, less
+// one where that part is even.  A NaN stays one: the low half of its bits is 0 in what processors make and in what comes
+// from bfloat16, so nothing carries over.
 #if defined(__AVX512F__)
 BLLKERN_INLINE Lanes widen(Shorts x, BFloat16) {
     const __m512i to_upper = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0,

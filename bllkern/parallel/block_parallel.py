@@ -144,7 +144,8 @@ class BlockParallel:
 
         With schedule ``"immediate"`` blocks step after every micro-batch, as they do in one process.
 
-        Args: x, y: batch [B, ...] and targets as for :func:`bllkern.targets`, on the first rank of a row.  kind, ignore_index: of :func:`bllkern.targets`.
+        Args: x, y: batch [B, ...] and targets as for :func:`bllkern.targets`, on the first rank of a row.  kind,
+            ignore_index: of :func:`bllkern.targets`.
         Returns: the detached mean loss of the output on the rank that computes it, elsewhere ``None``.
         """
         batches = self._split(x, y, micro_batches)

@@ -64,8 +64,8 @@ class Layout:
     """The blocks of a network: which tensors and modules belong to each, found by running it once on ``inputs``.
 
     ``names``: the boundary at the end of each block, then ``"output"``.  ``owners``: the blocks of every entry of
-    ``named_parameters`` and ``named_buffers``.  ``called``: the paths of modules that were called.  Raises ``ValueError`` for a network without boundaries, or one whose
-    losses are not isolated.
+    ``named_parameters`` and ``named_buffers``.  ``called``: the paths of modules that were called.  Raises
+    ``ValueError`` for a network without boundaries, or one whose losses are not isolated.
     """
 
     def __init__(self, net: nn.Module, inputs: tuple):
@@ -180,7 +180,8 @@ class Part:
         """Run the blocks; the network's output, or ``None`` where another rank computes it.
 
         Args: inputs: of the network [B, ...], on the meta device but for the first rank.  received: activation
-        [B, *entry_shape[1:]] from the rank before.  Raises ``MessageError`` if its shape is not what the blocks before would have given.
+        [B, *entry_shape[1:]] from the rank before.  Raises ``MessageError`` if its shape is not what the blocks before
+        would have given.
         """
         self.received = received
         try:
