@@ -20,6 +20,13 @@ def check_settings() -> str:
     return cuda
 
 
+def program(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        raise SystemExit(f"building bllkern needs {name!r}, which is not installed")
+    return found
+
+
 class CMakeBuild(build_ext):
     """Configure and build out of the source tree, then copy the module to its place."""
 
@@ -27,23 +34,23 @@ class CMakeBuild(build_ext):
         build = (ROOT / self.build_temp).resolve()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         settings = {
+            "BLLKERN_CUDA": check_settings(),
             "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_MAKE_PROGRAM": program("ninja"),  # not the one of an earlier build, which pip may have removed
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
-            "BLLKERN_CUDA": check_settings(),
             "BLLKERN_SANITIZE": os.environ.get("BLLKERN_SANITIZE", "OFF"),
         }
-        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+        cmake = program("cmake")
+        configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         self.run_step(configure + [f"-D{name}={value}" for name, value in settings.items()])
-        self.run_step(["cmake", "--build", str(build)])
+        self.run_step([cmake, "--build", str(build)])
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(build / target.name, target)
 
     def run_step(self, command):
         try:
             subprocess.run(command, check=True)
-        except FileNotFoundError:
-            raise SystemExit(f"building bllkern needs {command[0]!r}, which is not installed") from None
         except subprocess.CalledProcessError as error:
             raise SystemExit(
                 f"building bllkern._C failed in: {' '.join(command)} (exit status {error.returncode}; see the "

@@ -50,6 +50,22 @@ def test_cuda_on_without_a_toolkit_is_refused(tmp_path):
 
 
 @needs_source
+@needs_cmake
+def test_a_build_goes_on_without_the_programs_of_an_earlier_one(tmp_path):
+    """pip brings ninja for each build anew, in another place, and removes it afterwards."""
+    pytest.importorskip("pybind11")
+    (tmp_path / "bin").mkdir()
+    command = "setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path / "build"
+    settings = {"BLLKERN_CUDA": "ON", "CUDACXX": str(tmp_path / "no-nvcc")}  # ends the configuration early
+    (tmp_path / "bin/ninja").symlink_to(shutil.which("ninja"))
+    run(*command, PATH=f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", **settings)
+    assert str(tmp_path / "bin/ninja") in (tmp_path / "build/CMakeCache.txt").read_text()
+    (tmp_path / "bin/ninja").unlink()
+    done = run(*command, **settings)
+    assert "no CUDA compiler was found" in " ".join((done.stdout + done.stderr).split())
+
+
+@needs_source
 def test_setup_does_not_import_torch():
     pytest.importorskip("pybind11")
     code = (
