@@ -122,6 +122,8 @@ class Boundary(nn.Module):
 
         ``taken`` has the identities of parameters that the optimizers of other blocks have.
         """
+        if self.optimizer is not None and (self.feedback_factory is None or self.feedback_optimizer is not None):
+            return
         apart = self.feedback_parameters() if self.feedback_factory is not None else []
         taken = {*taken, *map(id, apart)}
         rest = [p for p in self.own_parameters() if id(p) not in taken]

@@ -1,6 +1,6 @@
 #include "batch_norm_relu.h"
 
-#include "rows.h"
+#include "bins.h"
 #include "threads.h"
 
 // With d = x - mean, r = 1 / sqrt(variance + eps), normalised d r and t = weight d r + bias + shortcut, z is max(t, 0) at the
@@ -12,9 +12,6 @@ namespace bllkern::BLLKERN_ISA {
 namespace {
 
 constexpr int64_t kPiece = 16384;  // elements that a thread takes at a time
-
-BLLKERN_INLINE int64_t bin_begin(int64_t bin, int64_t bins, int64_t places) { return bin * places / bins; }
-BLLKERN_INLINE int64_t bin_end(int64_t bin, int64_t bins, int64_t places) { return ((bin + 1) * places + bins - 1) / bins; }
 
 template <class T> void statistics(const BatchNormReluJob& job) {
     const int64_t places = job.height * job.width;
@@ -31,7 +28,7 @@ template <class T> void statistics(const BatchNormReluJob& job) {
         });
     };
     parallel_for(job.images * job.channels, kPiece / places + 1, plane);
-    for (int64_t c = 0; c < job.channels; c++) {
+    auto channel = [&](int64_t c) {
         double mean = 0, square = 0;
         for (int64_t n = 0; n < job.images; n++) mean += means[n * job.channels + c];
         mean /= static_cast<double>(job.images);
@@ -41,7 +38,8 @@ template <class T> void statistics(const BatchNormReluJob& job) {
         }
         job.mean[c] = static_cast<float>(mean);
         job.variance[c] = static_cast<float>(square / static_cast<double>(job.images * places));
-    }
+    };
+    parallel_for(job.channels, kPiece / job.images + 1, channel);
 }
 
 // What normalises one plane.
@@ -113,43 +111,51 @@ template <class T> struct Places : Channel {
     }
 };
 
-// Of one plane, sums down the columns of a row of bins: of z, of the places where z > 0, and of d there.
-struct Columns {
-    const int64_t stride;  // whole vectors
-    Scratch<float> data;
-    float *sums, *counts, *totals;
+// The bins of every plane.
+struct Pooling {
+    const Bins down, across;
 
-    explicit Columns(int64_t width)
-        : stride(width + kLanes), data(3 * stride), sums(data.data), counts(sums + stride), totals(counts + stride) {}
-
-    void clear() { memset(sums, 0, 3 * stride * sizeof(float)); }
-
-    // Writes the row of bins p, which has rows `top` to `bottom`.
-    void to_bins(const BatchNormReluJob& job, int64_t index, int64_t p, int64_t rows, float r) const {
-        for (int64_t q = 0; q < job.bins_across; q++) {
-            const int64_t left = bin_begin(q, job.bins_across, job.out_width);
-            const int64_t right = bin_end(q, job.bins_across, job.out_width);
-            float sum = 0, count = 0, total = 0;
-            for (int64_t w = left; w < right; w++) sum += sums[w], count += counts[w], total += totals[w];
-            const float share = 1.f / static_cast<float>(rows * (right - left));
-            const int64_t bin = (index * job.bins_down + p) * job.bins_across + q;
-            job.features[bin] = sum * share, job.active[bin] = count * share, job.along[bin] = total * r * share;
-        }
-    }
+    explicit Pooling(const BatchNormReluJob& job)
+        : down(job.out_height, job.bins_down), across(job.out_width, job.bins_across) {}
 };
 
-// row(h) for the rows of z of each row of bins in turn, and what the bins keep.
-template <class Row>
-BLLKERN_INLINE void each_bin_row(const BatchNormReluJob& job, int64_t index, float r, Columns& columns, Row row) {
-    for (int64_t p = 0; p < job.bins_down; p++) {
-        const int64_t top = bin_begin(p, job.bins_down, job.out_height), bottom = bin_end(p, job.bins_down, job.out_height);
-        columns.clear();
-        for (int64_t h = top; h < bottom; h++) row(h);
-        columns.to_bins(job, index, p, bottom - top, r);
+// What the bins keep of some places: z, where t > 0, and d there.
+struct Kept {
+    Lanes z = {}, on = {}, along = {};
+
+    BLLKERN_MEMBER void operator+=(const Kept& other) { z += other.z, on += other.on, along += other.along; }
+};
+
+// The bins of one plane, from kept(first place, how many) for each vector of every row of z.
+template <class Each>
+BLLKERN_INLINE void pool(const BatchNormReluJob& job, const Pooling& pooling, int64_t index, float r, Each kept) {
+    const Bins &down = pooling.down, &across = pooling.across;
+    const int64_t width = across.places;
+    const int64_t stride = padded(width);  // whole vectors are stored: what few lanes store is slow to come by
+    Scratch<float> columns(3 * stride);    // of a row of bins, added up
+    float *z = columns.data, *on = z + stride, *along = on + stride;
+    for (int64_t p = 0; p < down.count; p++) {
+        each_vector(0, width, [&](int64_t w, int64_t n) __attribute__((always_inline)) {
+            Kept sum;
+            for (int64_t h = down.begin[p]; h < down.end[p]; h++) sum += kept(h * width + w, n);
+            store(z + w, sum.z), store(on + w, sum.on), store(along + w, sum.along);
+        });
+        const int64_t first = (index * down.count + p) * across.count;
+        each_vector(0, across.count, [&](int64_t q, int64_t n) __attribute__((always_inline)) {
+            Kept sum;
+            for (int64_t w = 0; w < width; w++) {
+                const Lanes in = across.has(w, q);
+                sum += Kept{z[w] * in, on[w] * in, along[w] * in};
+            }
+            const Lanes share = load(across.share.data + q) * down.share[p];
+            store_first(job.features + first + q, sum.z * share, n);
+            store_first(job.active + first + q, sum.on * share, n);
+            store_first(job.along + first + q, sum.along * share * r, n);
+        });
     }
 }
 
-template <class T> void forward_places(const BatchNormReluJob& job, int64_t index) {
+template <class T> void forward_places(const BatchNormReluJob& job, const Pooling& pooling, int64_t index) {
     const Places<T> plane(job, index);
     const int64_t width = job.width;
     T* z = static_cast<T*>(job.z) + index * job.height * width;
@@ -160,60 +166,55 @@ template <class T> void forward_places(const BatchNormReluJob& job, int64_t inde
         });
         return;
     }
-    Columns columns(width);
-    each_bin_row(job, index, plane.r, columns, [&](int64_t h) __attribute__((always_inline)) {
-        each_vector(0, width, [&](int64_t w, int64_t n) __attribute__((always_inline)) {
-            const int64_t i = h * width + w;
-            Lanes d = plane.d(i, n), t = plane.t(d, i, n), y = select(t < 0.f, Lanes{}, t);
-            Ints on = t > 0.f;
-            store_first(z + i, y, n);
-            store(columns.sums + w, load(columns.sums + w) + y);
-            store(columns.counts + w, load(columns.counts + w) + select(on, Lanes{} + 1.f, Lanes{}));
-            store(columns.totals + w, load(columns.totals + w) + select(on, d, Lanes{}));
-        });
+    pool(job, pooling, index, plane.r, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+        Lanes d = plane.d(i, n), t = plane.t(d, i, n), y = select(t < 0.f, Lanes{}, t);
+        Ints on = t > 0.f;
+        store_first(z + i, y, n);
+        return Kept{y, select(on, Lanes{} + 1.f, Lanes{}), select(on, d, Lanes{})};
     });
 }
 
-template <class T, int K> void forward_windows(const BatchNormReluJob& job, int64_t index) {
+template <class T, int K> void forward_windows(const BatchNormReluJob& job, const Pooling& pooling, int64_t index) {
     const Plane<K> plane(job, static_cast<const T*>(job.x) + index * job.height * job.width, index % job.channels);
-    const int64_t height = job.out_height, width = job.out_width;
-    Scratch<float> z(height * width);
-    Columns columns(width);
-    auto row = [&](int64_t h) __attribute__((always_inline)) {
-        for (int64_t w = 0; w < width; w++) {
-            float t, at, *out = z.data + h * width + w;
+    const int64_t places = job.out_height * job.out_width;
+    Scratch<float> scratch(3 * places);
+    float *z = scratch.data, *on = z + places, *along = on + places;
+    for (int64_t i = 0, h = 0; h < job.out_height; h++)
+        for (int64_t w = 0; w < job.out_width; w++, i++) {
+            float t, at;
             int32_t place;
             plane.largest(h, w, t, at, place);
-            const bool on = t > 0;
-            *out = t < 0 ? 0.f : t;
-            columns.sums[w] += *out, columns.counts[w] += on ? 1.f : 0.f, columns.totals[w] += on ? at : 0.f;
+            z[i] = t < 0 ? 0.f : t, on[i] = t > 0 ? 1.f : 0.f, along[i] = t > 0 ? at : 0.f;
         }
-    };
-    if (job.bins_down) each_bin_row(job, index, plane.r, columns, row);
-    else for (int64_t h = 0; h < height; h++) row(h);
-    T* out = static_cast<T*>(job.z) + index * height * width;
-    each_vector(0, height * width, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-        store_first(out + i, load_first(z.data + i, n, 0.f), n);
+    T* out = static_cast<T*>(job.z) + index * places;
+    each_vector(0, places, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+        store_first(out + i, load_first(z + i, n, 0.f), n);
+    });
+    pool(job, pooling, index, plane.r, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+        return Kept{load_first(z + i, n, 0.f), load_first(on + i, n, 0.f), load_first(along + i, n, 0.f)};
     });
 }
 
-// The gradient by each place of z that comes through the features, [windows down, `across`].
-void spread(const BatchNormReluJob& job, int64_t index, int64_t across, float* out) {
-    const float* by_bins = job.by_features + index * job.bins_down * job.bins_across;
-    Scratch<float> row(across);
-    for (int64_t p = 0; p < job.bins_down; p++) {
-        const int64_t top = bin_begin(p, job.bins_down, job.out_height), bottom = bin_end(p, job.bins_down, job.out_height);
-        memset(row.data, 0, across * sizeof(float));
-        for (int64_t q = 0; q < job.bins_across; q++) {
-            const int64_t left = bin_begin(q, job.bins_across, job.out_width);
-            const int64_t right = bin_end(q, job.bins_across, job.out_width);
-            const float g = by_bins[p * job.bins_across + q] / static_cast<float>((bottom - top) * (right - left));
-            for (int64_t w = left; w < right; w++) row[w] += g;
+// The gradient by the places of one plane of z that comes through the features: a row of places for each row of bins.
+struct FromFeatures {
+    const Bins& down;
+    const int64_t stride;  // whole vectors are stored, as above
+    Scratch<float> rows;
+
+    FromFeatures(const BatchNormReluJob& job, const Pooling& pooling, int64_t index)
+        : down(pooling.down), stride(padded(job.out_width)), rows(job.by_features ? down.count * stride : 1) {
+        for (int64_t p = 0; job.by_features && p < down.count; p++) {
+            const float* by_bins = job.by_features + (index * down.count + p) * pooling.across.count;
+            pooling.across.spread(by_bins, down.share[p], rows.data + p * stride);
         }
-        for (int64_t h = top; h < bottom; h++)
-            for (int64_t w = 0; w < across; w++) out[h * across + w] += row[w];
     }
-}
+
+    __attribute__((always_inline)) Lanes at(int64_t h, int64_t w) const {
+        Lanes g = load(rows.data + down.first[h] * stride + w);
+        for (int64_t p = down.first[h] + 1; p < down.last[h]; p++) g += load(rows.data + p * stride + w);
+        return g;
+    }
+};
 
 // The gradient by x is scale g + slope d + constant.
 struct Slopes {
@@ -225,38 +226,45 @@ struct Slopes {
     }
 };
 
-template <class T> void backward_places(const BatchNormReluJob& job, int64_t index) {
+template <class T> void backward_places(const BatchNormReluJob& job, const Pooling& pooling, int64_t index) {
     const Places<T> plane(job, index);
     const Slopes by(job, plane, index % job.channels);
     const int64_t places = job.height * job.width;
-    Scratch<float> by_bins(job.by_features ? places : 1);
-    if (job.by_features) {
-        memset(by_bins.data, 0, places * sizeof(float));
-        spread(job, index, job.width, by_bins.data);
-    }
+    const FromFeatures features(job, pooling, index);
     auto at = [&](void* p) { return p ? static_cast<T*>(p) + index * places : nullptr; };
     T *grad_x = at(job.grad_x), *grad_shortcut = at(job.grad_shortcut);
-    each_vector(0, places, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-        Lanes d = plane.d(i, n), g = {};
-        if (job.by_features) g = load_first(by_bins.data + i, n, 0.f);
-        if (plane.by_z) g += load_first(plane.by_z + i, n, 0.f);
-        g = plane.through(g, d, i, n);
-        if (grad_x) store_first(grad_x + i, g * plane.scale + (d * by.slope + by.constant), n);
-        if (grad_shortcut) store_first(grad_shortcut + i, g, n);
-    });
-}
-
-// The gradient by z itself as float, [windows down, `across`], 0 for windows without a place in z.
-template <class T> void read_by_z(const BatchNormReluJob& job, int64_t index, int64_t down, int64_t across, float* out) {
-    memset(out, 0, down * across * sizeof(float));
-    const T* by_z = static_cast<const T*>(job.by_z);
-    for (int64_t h = 0; by_z && h < job.out_height; h++)
-        each_vector(0, job.out_width, [&](int64_t w, int64_t n) __attribute__((always_inline)) {
-            store_first(out + h * across + w, load_first(by_z + (index * job.out_height + h) * job.out_width + w, n, 0.f), n);
+    const int64_t rows = job.by_features ? job.height : 1, width = places / rows;
+    for (int64_t h = 0; h < rows; h++)
+        each_vector(0, width, [&](int64_t w, int64_t n) __attribute__((always_inline)) {
+            const int64_t i = h * width + w;
+            Lanes d = plane.d(i, n), g = {};
+            if (job.by_features) g = features.at(h, w);
+            if (plane.by_z) g += load_first(plane.by_z + i, n, 0.f);
+            g = plane.through(g, d, i, n);
+            if (grad_x) store_first(grad_x + i, g * plane.scale + (d * by.slope + by.constant), n);
+            if (grad_shortcut) store_first(grad_shortcut + i, g, n);
         });
 }
 
-template <class T, int K> void backward_windows(const BatchNormReluJob& job, int64_t index) {
+// The gradient by z as float, [windows down, `across`], 0 for windows without a place in z: that by z itself, where it is
+// given, and that through the features.
+template <class T>
+void gradient_by_windows(const BatchNormReluJob& job, int64_t index, int64_t down, int64_t across,
+                         const FromFeatures* features, float* out) {
+    memset(out, 0, down * across * sizeof(float));
+    const int64_t width = job.out_width, first = index * job.out_height * width;
+    const T* by_z = job.by_z ? static_cast<const T*>(job.by_z) + first : nullptr;
+    for (int64_t h = 0; h < job.out_height; h++)
+        each_vector(0, width, [&](int64_t w, int64_t n) __attribute__((always_inline)) {
+            const int64_t i = h * width + w;
+            Lanes g = {};
+            if (by_z) g = load_first(by_z + i, n, 0.f);
+            if (features) g += features->at(h, w);
+            store_first(out + h * across + w, g, n);
+        });
+}
+
+template <class T, int K> void backward_windows(const BatchNormReluJob& job, const Pooling& pooling, int64_t index) {
     const int64_t channel = index % job.channels, places = job.height * job.width;
     const Plane<K> plane(job, static_cast<const T*>(job.x) + index * places, channel);
     const Slopes by(job, plane, channel);
@@ -265,8 +273,8 @@ template <class T, int K> void backward_windows(const BatchNormReluJob& job, int
     Scratch<int32_t> places_in_windows(plane.across);
     float *g = scratch.data, *out = g + windows;
     int32_t* chosen = places_in_windows.data;
-    read_by_z<T>(job, index, plane.down, plane.across, g);
-    if (job.by_features) spread(job, index, plane.across, g);
+    const FromFeatures features(job, pooling, index);
+    gradient_by_windows<T>(job, index, plane.down, plane.across, job.by_features ? &features : nullptr, g);
     for (int64_t h = 0; h < plane.down; h++) {
         float* row = g + h * plane.across;
         for (int64_t w = 0; w < plane.across; w++) {
@@ -310,7 +318,7 @@ template <class T> void sums_of_places(const BatchNormReluJob& job, int64_t inde
 template <class T, int K> void sums_of_windows(const BatchNormReluJob& job, int64_t index, double& sum, double& along) {
     const Plane<K> plane(job, static_cast<const T*>(job.x) + index * job.height * job.width, index % job.channels);
     Scratch<float> g(plane.down * plane.across);
-    read_by_z<T>(job, index, plane.down, plane.across, g.data);
+    gradient_by_windows<T>(job, index, plane.down, plane.across, nullptr, g.data);
     sum = along = 0;
     for (int64_t h = 0; h < plane.down; h++)
         for (int64_t w = 0; w < plane.across; w++) {
@@ -333,33 +341,39 @@ template <class T, int K> void sums_of_gradient(const BatchNormReluJob& job) {
         if constexpr (K == 1) sums_of_places<T>(job, i, sums[i], alongs[i]);
         else sums_of_windows<T, K>(job, i, sums[i], alongs[i]);
     });
-    for (int64_t c = 0; c < job.channels; c++) {
+    auto channel = [&](int64_t c) {
         double by_bias = 0, by_weight = 0;
         const float r = Channel(job, c).r;
         for (int64_t i = c; i < planes; i += job.channels) by_bias += sums[i], by_weight += alongs[i] * r;
-        for (int64_t i = c; job.by_features && i < job.images * job.channels; i += job.channels)
-            for (int64_t bin = i * bins; bin < (i + 1) * bins; bin++) {
-                by_bias += job.by_features[bin] * job.active[bin];
-                by_weight += job.by_features[bin] * job.along[bin];
-            }
+        for (int64_t i = c; job.by_features && i < job.images * job.channels; i += job.channels) {
+            auto dot = [&](const float* kept) __attribute__((always_inline)) {
+                return sum_vectors(bins, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+                    return load_first(job.by_features + i * bins + k, n, 0.f) * load_first(kept + i * bins + k, n, 0.f);
+                });
+            };
+            by_bias += dot(job.active), by_weight += dot(job.along);
+        }
         job.by_bias[c] = static_cast<float>(by_bias), job.by_weight[c] = static_cast<float>(by_weight);
-    }
+    };
+    parallel_for(job.channels, kPiece / (job.images * (bins + 1)) + 1, channel);
 }
 
 template <class T, int K> void forward(const BatchNormReluJob& job) {
     statistics<T>(job);
+    const Pooling pooling(job);
     each_plane(job, [&](int64_t plane) {
-        if constexpr (K == 1) forward_places<T>(job, plane);
-        else forward_windows<T, K>(job, plane);
+        if constexpr (K == 1) forward_places<T>(job, pooling, plane);
+        else forward_windows<T, K>(job, pooling, plane);
     });
 }
 
 template <class T, int K> void backward(const BatchNormReluJob& job) {
     sums_of_gradient<T, K>(job);
     if (!job.grad_x && !job.grad_shortcut) return;
+    const Pooling pooling(job);
     each_plane(job, [&](int64_t plane) {
-        if constexpr (K == 1) backward_places<T>(job, plane);
-        else backward_windows<T, K>(job, plane);
+        if constexpr (K == 1) backward_places<T>(job, pooling, plane);
+        else backward_windows<T, K>(job, pooling, plane);
     });
 }
 

@@ -1,6 +1,8 @@
 // Rows of any length: vectors of lanes along them, the last one partly filled.
 #pragma once
 
+#include <new>
+
 #include "dtype.h"
 #include "simd.h"
 
@@ -76,13 +78,22 @@ template <class Body> BLLKERN_INLINE void with_type(DType dtype, Body body) {
     }
 }
 
-// Memory for the time of a call.
+// Whole vectors for n lanes, in lanes.
+BLLKERN_INLINE int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// Memory for the time of a call, aligned to a cache line; a little of it is on the stack.
 template <class T> struct Scratch {
+    static constexpr std::align_val_t kLine{64};
+    static constexpr int64_t kSmall = 4096 / sizeof(T);
+    alignas(64) T small[kSmall];
     T* data;
-    explicit Scratch(int64_t n) : data(new T[n]) {}
+    explicit Scratch(int64_t n) : data(n <= kSmall ? small : new (kLine) T[n]) {}
     Scratch(const Scratch&) = delete;
-    ~Scratch() { delete[] data; }
+    ~Scratch() {
+        if (data != small) ::operator delete[](data, kLine);
+    }
     T& operator[](int64_t i) { return data[i]; }
+    const T& operator[](int64_t i) const { return data[i]; }
 };
 
 BLLKERN_INLINE double sum_in_order(const double* x, int64_t n) {

@@ -1,4 +1,4 @@
-"""A convolution that takes some images at a time, perhaps of what it normalises first, as a differentiable function."""
+"""A convolution whose backward pass takes some images at a time, perhaps of what it normalises first."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from torch import Tensor, nn
 from ..backends import run
 from ._checks import once_differentiable
 
-LARGE_BYTES = 4 << 20  # of the larger of input and output of a convolution, from which on it is taken in pieces
+LARGE_BYTES = (
+    4 << 20
+)  # of the larger of input and output of a convolution, from which on its gradients are taken in pieces
 PIECES = 4  # each at least so many times as large as the weight, which is laid out anew for each
 PRODUCTS = 512  # for each value read, from which on making the value again costs little beside the convolution
 
 
 class _Convolution(torch.autograd.Function):
-    """A convolution on the CPU that takes some images at a time, perhaps of ``relu(batch_norm(x))``.
+    """A convolution on the CPU, perhaps of ``relu(batch_norm(x))``, whose gradients are taken of some images at a time.
 
-    The library lays out input, output and their gradients anew for itself.  Of a few images these copies stay in the
-    caches and in memory that the allocator has at hand; of all images they are as large as the activations, and each is
-    mapped by the system page by page, which may cost more than the arithmetic.
+    The library lays out input, output and their gradients anew for itself.  Beside the input, the gradients and the
+    other activations of a block, these copies make the peak of its memory; of a few images they are small.
 
     What is normalised first is not kept: the backward pass makes it again, of the images at hand.
     """
@@ -34,14 +35,7 @@ class _Convolution(torch.autograd.Function):
             ctx.mark_non_differentiable(mean, variance)
         ctx.save_for_backward(x, weight, norm_weight, norm_bias, mean, variance)
         ctx.eps, ctx.images, ctx.settings, ctx.biases = eps, images, settings, None if bias is None else bias.shape
-        out = None
-        for places in _pieces(len(x), images):
-            result = torch.conv2d(z[places], weight, bias, *settings)
-            if len(result) == len(x):
-                return result, mean, variance
-            out = result.new_empty(len(x), *result.shape[1:]) if out is None else out
-            out[places].copy_(result)
-        return out, mean, variance
+        return torch.conv2d(z, weight, bias, *settings), mean, variance
 
     @staticmethod
     @once_differentiable
@@ -75,7 +69,7 @@ def _pieces(count: int, images: int) -> list[slice]:
 
 
 def images_at_a_time(conv: nn.Conv2d, x: Tensor) -> int | None:
-    """How many images [N, C, H, W] :func:`convolution` takes at a time; ``None`` where ``conv`` itself is to be called.
+    """Of how many images [N, C, H, W] at a time :func:`convolution` takes gradients; ``None`` where ``conv`` does that.
 
     That is everywhere but for float32 on a CPU, and there for channels-last and for padding by other values than 0.
     """
@@ -84,7 +78,7 @@ def images_at_a_time(conv: nn.Conv2d, x: Tensor) -> int | None:
         return None
     if not x.dtype == conv.weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
         return None
-    size = x[:, 0].numel() * max(conv.in_channels, conv.out_channels // math.prod(conv.stride)) * x.itemsize
+    size = x.numel() // x.shape[1] * max(conv.in_channels, conv.out_channels // math.prod(conv.stride)) * x.itemsize
     whole = size < max(LARGE_BYTES, PIECES**2 * conv.weight.nbytes)
     return len(x) if whole else -(-len(x) // PIECES)
 
@@ -97,7 +91,7 @@ def cheap_to_repeat(conv: nn.Conv2d) -> bool:
 def convolution(
     conv: nn.Conv2d, x: Tensor, images: int, norm: nn.BatchNorm2d | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``conv(x)``, or ``conv(F.relu(norm(x)))`` for a ``norm`` in training, ``images`` at a time.
+    """``conv(x)``, or ``conv(F.relu(norm(x)))`` for a ``norm`` in training; gradients of ``images`` at a time.
 
     Returns: the output, and with ``norm`` mean and variance (not corrected) of the batch for its running statistics.
     """
