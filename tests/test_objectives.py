@@ -11,7 +11,7 @@ from torch import nn
 import bllkern
 from bllkern import families, functional, objectives
 from bllkern.objectives import BLL, BWBPF, PredSim
-from bllkern.objectives.heads import CHANNELS
+from bllkern.objectives.heads import CHANNELS, WIDTH
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(7))
 Y = torch.arange(16) % 4
@@ -282,7 +282,7 @@ def test_bwbpf_of_the_paper_is_pooling_and_a_linear_head():
 
 
 @pytest.mark.parametrize("objective", [BLL(head="mlp", prediction=0.5, agreement=0.3), BWBPF(head="mlp")])
-def test_mlp_head_is_a_hidden_layer_before_all_terms(objective):
+def test_mlp_head_is_a_hidden_layer_before_all_terms_and_similarity_reads_both(objective):
     layer = block(objective)
     loss, z = local_loss(layer)
     local = layer.local.objective
@@ -293,7 +293,7 @@ def test_mlp_head_is_a_hidden_layer_before_all_terms(objective):
     if isinstance(objective, BLL):
         messages, f = local.feedback.link.weight, families.get("gaussian")
         agreement = (f.A(h) + f.A(messages[Y]) - f.A2(h + messages[Y])).mean()
-        similarity = functional.similarity_matching(h, Y)
+        similarity = functional.similarity_matching(h, Y) + functional.similarity_matching(z, Y)
         evidence = F.cross_entropy(F.linear(h, messages, local.log_prior), Y, label_smoothing=smoothing)
         expected = 0.5 * expected + 0.3 * agreement + 4.0 * similarity + evidence
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-5)
@@ -364,12 +364,12 @@ def _losses_with_the_same_weights(layer, other, x):
 
 
 @pytest.mark.parametrize("name", ["bll", "predsim"])
-def test_auto_head_is_a_convolution_on_maps(name):
+def test_auto_head_is_a_hidden_layer_on_maps(name):
     layer = bllkern.BlockLocalConv2d(3, 4, 3, target_features=4, objective=objectives.get(name, head="auto"))
-    same = bllkern.BlockLocalConv2d(3, 4, 3, target_features=4, objective=objectives.get(name, head="conv"))
+    same = bllkern.BlockLocalConv2d(3, 4, 3, target_features=4, objective=objectives.get(name, head="mlp"))
     x = torch.randn(16, 3, 9, 9)
     losses = _losses_with_the_same_weights(layer, same, x)
-    assert layer.local.objective.reader.hidden.weight.shape == (CHANNELS, 4, 3, 3)
+    assert layer.local.objective.reader.hidden.weight.shape == (WIDTH, 4 * 4 * 4)
     assert torch.equal(*losses)
 
 

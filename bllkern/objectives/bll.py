@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from .. import families
 from ..feedback import KINDS
@@ -19,7 +18,8 @@ class BLL(Objective):
     Args:
         family: how messages are read; a name or :class:`bllkern.families.Family`.
         evidence: weight of the class-normalised prediction from the log evidence of every class.
-        similarity: weight of matching the batch's Gram matrix to ``similarity_target``, ``"labels"`` or ``"feedback"``.
+        similarity: weight of matching the batch's Gram matrix to ``similarity_target``, ``"labels"`` or ``"feedback"``;
+            with a head that of its hidden features and that of the pooled ones are both matched.
         likelihood: weight of the log evidence of the target's own message, which does not normalise over classes.
         agreement: weight of the free energy of ``a`` and ``b``; alone it collapses, since nothing tells classes apart.
         decorrelation: weight of the squared off-diagonal Gram matrix.
@@ -36,7 +36,7 @@ class BLL(Objective):
         pool: convolutional features are averaged to at most ``pool`` places a side.
         head: what the terms (but denoising) see of the activation: its pooled features (``"linear"``), a hidden layer
             on them (``"mlp"``), a small convolution before the pooling (``"conv"``; see :class:`.heads.Head`), or by
-            default (``"auto"``) the convolution for maps [B, C, *spatial] and the features themselves for all else.
+            default (``"auto"``) the hidden layer for maps [B, C, *spatial] and the features themselves for all else.
             With bootstrapping, whose messages stand for the activation itself, it is ``"linear"``.
 
     Raises: ``TypeError`` for unknown options, ``ValueError`` for their values.
@@ -57,7 +57,6 @@ class BLL(Objective):
     bootstrapping: bool = False
     pool: int = 4
     head: str = "auto"
-    MAP_HEAD: ClassVar[str] = "conv"  # what "auto" is for maps
 
     def __post_init__(self):
         families.get(self.family)

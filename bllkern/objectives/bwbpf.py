@@ -19,9 +19,8 @@ class BWBPF(Objective):
         label_smoothing: of the local cross-entropies, as in :class:`bllkern.objectives.BLL`.
         pool: convolutional features are averaged to at most ``pool`` places a side before the head.
         isolate: ``False`` is what the released code does: local losses reach all earlier blocks too.
-        head: ``"linear"``, ``"mlp"`` or ``"conv"``, as in :class:`bllkern.objectives.BLL`; by default (``"auto"``) the
-            hidden layer of ``"mlp"`` for maps [B, C, *spatial], and ``"linear"`` for all else.  On CIFAR-10 hidden layer
-            and smoothing are worth three points, see bench/results/ablation-cifar10-convnet.md.
+        head: ``"linear"``, ``"mlp"``, ``"conv"`` or ``"auto"``, as in :class:`bllkern.objectives.BLL`.  On CIFAR-10 hidden
+            layer and smoothing are worth three points, see bench/results/ablation-cifar10-convnet.md.
     """
 
     label_smoothing: float = 0.1
@@ -34,11 +33,7 @@ class BWBPF(Objective):
 
     def build(self, target_features):
         head = {"label_smoothing": self.label_smoothing, "pool": self.pool, "head": self.head}
-        return _Recipe(evidence=0, similarity=0, prediction=1, **head).build(target_features)
-
-
-class _Recipe(BLL):
-    MAP_HEAD = "mlp"
+        return BLL(evidence=0, similarity=0, prediction=1, **head).build(target_features)
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,6 +11,7 @@ from ..feedback import CONVOLUTIONS, LazyWeight
 from .features import averaged, channels_last, check_floating, in_full_precision, rows
 
 HEADS = ("auto", "linear", "mlp", "conv")
+MAP_HEAD = "mlp"  # what "auto" is for maps, see bench/results/ablation-cifar10-convnet.md
 WIDTH = 128  # hidden units of mlp; more where there are more classes
 CHANNELS = 64  # of conv; 32 cost 1.7 points of CIFAR-10 accuracy, see bench/results/ablation-cifar10-convnet.md
 

@@ -16,7 +16,7 @@ from .. import families, feedback, functional
 from ..execution.targets import Targets, kind_of
 from ..feedback import LazyWeight
 from .features import raised, rows
-from .heads import Head, is_map
+from .heads import MAP_HEAD, Head, is_map
 
 if TYPE_CHECKING:
     from .bll import BLL
@@ -55,7 +55,7 @@ class LocalLoss(nn.Module):
             return None
         if self.recipe.head == "auto" and self.recipe.bootstrapping:
             return None
-        kind = self.recipe.MAP_HEAD if self.recipe.head == "auto" else self.recipe.head
+        kind = MAP_HEAD if self.recipe.head == "auto" else self.recipe.head
         return Head(kind, self.target_features, self.recipe.pool)
 
     def extra_repr(self):
@@ -155,8 +155,11 @@ class LocalLoss(nn.Module):
     ) -> Batch:
         y = self._matched(z, target)
         tokens = y.dim() == 1 and target.y.dim() == 2  # [B, T] became a row per token
-        features = self._features(z if pooled is None else pooled, tokens)
-        return Batch(self, z, features, y, self._kind, target.ignore_index, rerun)
+        read = z if pooled is None else pooled
+        batch = Batch(self, z, self._features(read, tokens), y, self._kind, target.ignore_index, rerun)
+        if self.reader is not None and self.recipe.similarity > 0:
+            batch.plain = rows(read, tokens, self.recipe.pool, self.channel_dim)
+        return batch
 
     def _matched(self, z: Tensor, target: Targets) -> Tensor:
         """The target of every row, class indices [N] or floats [N, target_features], checked against ``z``."""
@@ -190,6 +193,7 @@ class Batch:
         self.loss, self.recipe, self.family = loss, loss.recipe, loss.family
         self.z, self.features, self.y = z, features, y
         self.kind, self.ignore_index, self.rerun = kind, ignore_index, rerun
+        self.plain: Tensor | None = None  # the pooled rows, where features are what a head reads in them
 
     @cached_property
     def messages(self) -> Tensor:
@@ -247,12 +251,14 @@ class Batch:
         )
 
     def similarity(self) -> Tensor:
-        """Gram matrix of the features against that of the labels or of the feedback messages."""
+        """Gram matrices of the features, hidden and pooled, against that of the labels or of the feedback messages."""
         chosen = self._gram_rows()
-        if self.recipe.similarity_target == "feedback":
-            matching = functional.similarity_matching(self.features[chosen], self.message().detach()[chosen])
-            return matching if PREDICT & set(self.loss.terms) else matching + self._prototypes()
-        return functional.similarity_matching(self.features[chosen], self.y[chosen], self.ignore_index)
+        by_feedback = self.recipe.similarity_target == "feedback"
+        target = (self.message().detach()[chosen],) if by_feedback else (self.y[chosen], self.ignore_index)
+        matching = functional.similarity_matching(self.features[chosen], *target)
+        if self.plain is not None:
+            matching = matching + functional.similarity_matching(self.plain[chosen], *target)
+        return matching if not by_feedback or PREDICT & set(self.loss.terms) else matching + self._prototypes()
 
     def _gram_rows(self) -> Tensor | slice:
         """Up to ``GRAM_ROWS`` rows for a Gram matrix, which grows with their square; scattered over the batch."""
