@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -53,7 +53,7 @@ class LocalLoss(nn.Module):
         """The head that ``recipe.head`` names; ``"auto"`` is that of maps until an activation comes that is none."""
         if self.recipe.head == "linear" or self.terms == ["denoising"]:
             return None
-        if self.recipe.head == "auto" and self.recipe.bootstrapping:
+        if self.recipe.head == "auto" and self.recipe.reads_itself:
             return None
         kind = self.recipe.MAP_HEAD if self.recipe.head == "auto" else self.recipe.head
         return Head(kind, self.target_features, self.recipe.pool)
@@ -99,6 +99,9 @@ class LocalLoss(nn.Module):
         if not self.sized:
             self.initialize(z)
         batch = self._batch(z, target, rerun, known.get("pooled"))
+        if isinstance(self.feedback, feedback.InverseFeedback):
+            tokens = len(batch.features) != len(z)
+            self.feedback.remember(partial(rows, z.detach(), tokens, self.recipe.pool, self.channel_dim))
         return {
             name: getattr(self.recipe, name) * (known[name] if name in known else getattr(batch, name)())
             for name in self.terms
@@ -114,7 +117,8 @@ class LocalLoss(nn.Module):
         families that make natural parameters of activations.
         """
         identity = type(self.family).natural is families.Family.natural and self.reader is None
-        if "agreement" not in self.terms or not self.sized or not identity or x.dim() not in (2, 3):
+        alone = "agreement" in self.terms and self.recipe.feedback != "inverse"
+        if not alone or not self.sized or not identity or x.dim() not in (2, 3):
             return F.linear(x, weight, bias), {}
         y, x_rows = self._matched(x, target), x.flatten(0, -2)
         if len(y) != len(x_rows):
@@ -205,9 +209,16 @@ class Batch:
         return self.y.to(self.messages) @ self.messages
 
     def agreement(self) -> Tensor:
-        """Free energy of forward and backward message, per sample that counts (BLL)."""
+        """Free energy of forward and backward message, per sample that counts (BLL).
+
+        With ``feedback="inverse"``, also of what the block has read and of what its inverse makes of the activation.
+        """
         a, b = self.family.natural(self.features), self.message()
-        return self._mean(functional.agreement(a, b, self.family, "none"))
+        loss = self._mean(functional.agreement(a, b, self.family, "none"))
+        if not isinstance(self.loss.feedback, feedback.InverseFeedback) or not self.loss.feedback.undoes:
+            return loss
+        read, message = self.loss.feedback.reconstruction(a)
+        return loss + self._mean(functional.agreement(self.family.natural(read), message, self.family, "none"))
 
     def likelihood(self) -> Tensor:
         """Minus the log evidence of the own message, not normalised over classes, per sample that counts (BLL)."""

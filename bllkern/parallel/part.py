@@ -75,8 +75,11 @@ class Layout:
         for name, boundary in boundaries(net).items():
             if boundary.objective is None or not boundary.options.isolate:
                 raise ValueError(f"blocks in parallel need isolated losses; {name!r} has {boundary.options}")
-            if getattr(boundary.options, "feedback", None) == "attention":
-                raise ValueError(f"blocks in parallel need a message per class; {name!r} has feedback='attention'")
+            if (kind := getattr(boundary.options, "feedback", None)) in ("attention", "inverse"):
+                raise ValueError(
+                    f"blocks in parallel carry messages that are one per class and learn alone; {name!r} has "
+                    f"feedback={kind!r}"
+                )
         self.names = [*self.paths, "output"]
         if any(boundary.block_parameters is None for boundary in boundaries(net).values()):
             sizing.size(net, *inputs)
