@@ -172,6 +172,12 @@ class InverseFeedback(Feedback):
     def carrier(self) -> LazyWeight:
         return self._above[0].inverse
 
+    def forward(self) -> Tensor:
+        """The messages; launched ahead of the blocks where these run side by side: the block above moves the weights."""
+        running = streams.running()
+        ahead = running.message(self) if running else None
+        return self.messages() if ahead is None else ahead
+
     def messages(self, above: Tensor | None = None) -> Tensor:
         return super().messages(above).detach()
 

@@ -24,7 +24,8 @@ class BLL(Objective):
         agreement: weight of the free energy of ``a`` and ``b``; alone it collapses, since nothing tells classes apart.
         decorrelation: weight of the squared off-diagonal Gram matrix.
         denoising: weight of pulling the output under input noise of standard deviation ``noise`` to the clean output.
-            The module that stands at the boundary runs a second time for it.
+            The whole block runs a second time for it, from its input, or from the embeddings of tokens; a
+            :class:`bllkern.BlockLocal` or layer that stands alone, from the module's input.
         prediction: weight of an auxiliary head.
         label_smoothing: the share of the target that evidence and prediction spread over all classes.  Blocks that are
             sure of their class keep less for the blocks above: 0.1 is worth about a point of CIFAR-10 accuracy.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -90,15 +90,15 @@ class LocalLoss(nn.Module):
         return rows(z, tokens, self.recipe.pool, self.channel_dim)
 
     def forward(
-        self, z: Tensor, target: Targets, rerun: Callable[[float], Tensor], known: Mapping[str, Tensor] = _NOTHING
+        self, z: Tensor, target: Targets, noisy: Tensor | None = None, known: Mapping[str, Tensor] = _NOTHING
     ) -> dict[str, Tensor]:
-        """Weighted terms of activation ``z``; ``rerun(std)`` computes ``z`` again from a noisy input.
+        """Weighted terms of activation ``z``; ``noisy`` is what the block makes of a noisy input.
 
         ``known`` are terms that came with ``z`` (:meth:`linear`), or its average over :attr:`side` places, ``pooled``.
         """
         if not self.sized:
             self.initialize(z)
-        batch = self._batch(z, target, rerun, known.get("pooled"))
+        batch = self._batch(z, target, noisy, known.get("pooled"))
         if isinstance(self.feedback, feedback.InverseFeedback):
             tokens = len(batch.features) != len(z)
             self.feedback.remember(partial(rows, z.detach(), tokens, self.recipe.pool, self.channel_dim))
@@ -154,13 +154,11 @@ class LocalLoss(nn.Module):
             return None
         return self.recipe.pool if self.reader is None else self.reader.side
 
-    def _batch(
-        self, z: Tensor, target: Targets, rerun: Callable[[float], Tensor] | None, pooled: Tensor | None = None
-    ) -> Batch:
+    def _batch(self, z: Tensor, target: Targets, noisy: Tensor | None, pooled: Tensor | None = None) -> Batch:
         y = self._matched(z, target)
         tokens = y.dim() == 1 and target.y.dim() == 2  # [B, T] became a row per token
         features = self._features(z if pooled is None else pooled, tokens)
-        return Batch(self, z, features, y, self._kind, target.ignore_index, rerun)
+        return Batch(self, z, features, y, self._kind, target.ignore_index, noisy)
 
     def _matched(self, z: Tensor, target: Targets) -> Tensor:
         """The target of every row, class indices [N] or floats [N, target_features], checked against ``z``."""
@@ -190,10 +188,10 @@ def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, .
 class Batch:
     """One batch at one boundary: features [N, D] with their targets, and every term that can score them."""
 
-    def __init__(self, loss: LocalLoss, z, features, y, kind, ignore_index, rerun):
+    def __init__(self, loss: LocalLoss, z, features, y, kind, ignore_index, noisy):
         self.loss, self.recipe, self.family = loss, loss.recipe, loss.family
         self.z, self.features, self.y = z, features, y
-        self.kind, self.ignore_index, self.rerun = kind, ignore_index, rerun
+        self.kind, self.ignore_index, self.noisy = kind, ignore_index, noisy
 
     @cached_property
     def messages(self) -> Tensor:
@@ -289,7 +287,9 @@ class Batch:
 
     def denoising(self) -> Tensor:
         """The output under a noisy input is pulled to the clean output, which is held fixed (BLL)."""
-        return F.mse_loss(self.rerun(self.recipe.noise), self.z.detach())
+        if self.noisy is None:
+            raise ValueError("denoising needs the module that computed the activation: use BlockLocal or convert")
+        return F.mse_loss(self.noisy.to(self.z.dtype), self.z.detach())
 
     def _mean(self, values: Tensor) -> Tensor:
         """Mean of values [N] over the rows whose target counts."""
