@@ -35,10 +35,11 @@ class Boundary(nn.Module):
             eager, or deferred for objectives that do not isolate.
         channel_dim: where the channels of the activation are; by default 1 from four dimensions up, else the last.
 
-    ``forward(z, block, args, kwargs)`` takes the activation and how it was computed, ``block(*args, **kwargs)``; what is
-    ``known`` already: terms of the loss (:meth:`linear`), or the pooled ``features`` (:mod:`bllkern.execution.epilogue`);
-    and, for denoising, what the block makes of a ``noisy`` input (:meth:`inputs`).  Raises ``RuntimeError`` in training outside of :func:`bllkern.targets`,
-    ``ValueError`` for targets that do not fit, ``FloatingPointError`` for a local loss that is not finite (on the CPU).
+    ``forward(z, block, args, kwargs)`` takes the activation and how it was computed, ``block(*args, **kwargs)``; what
+    is ``known`` already: terms of the loss (:meth:`linear`), or the pooled ``features``
+    (:mod:`bllkern.execution.epilogue`); and, for denoising, what the block makes of a ``noisy`` input (:meth:`inputs`).
+    Raises ``RuntimeError`` in training outside of :func:`bllkern.targets`, ``ValueError`` for targets that do not fit,
+    ``FloatingPointError`` for a local loss that is not finite (on the CPU).
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Boundary(nn.Module):
             if getattr(self.options, "bootstrapping", False):
                 onwards = self.objective.posterior(onwards, target)  # of this step's messages, whatever steps below
             schedules.SCHEDULES[self.schedule](self, z, loss)
-        return noise.paired(self._hand_on(onwards, ready), self.noise) if self.noise else self._hand_on(onwards, ready)
+        return self._hand_on(onwards, ready)
 
     def inputs(self, args: tuple, kwargs: Mapping = MappingProxyType({})) -> tuple[tuple, tuple | None]:
         """Positional and keyword arguments of the module that ends here, and those with noise if it is to denoise.
@@ -126,7 +127,7 @@ class Boundary(nn.Module):
         streams.leave(z, ready)
         if self.offload is not None:
             self.offload.enter()
-        return z
+        return noise.paired(z, self.noise) if self.noise and noise.wanted() else z
 
     @torch.compiler.disable
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -54,7 +54,7 @@ class LazyWeight(LazyModuleMixin, nn.Module):
 
 
 class Codes(LazyWeight):
-    """Fixed random rows of standard normal numbers: targets whose distance the unit precision of a Gaussian can tell."""
+    """Fixed random rows of standard normal numbers: targets that a Gaussian of unit precision can tell apart."""
 
     def __init__(self, rows: int):
         super().__init__(rows, bias=False, trained=False)

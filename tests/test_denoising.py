@@ -138,6 +138,15 @@ def test_outside_of_training_nothing_is_drawn():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_frozen_block_hands_the_noise_on():
+    net, cuts, _, x, y = perceptron()
+    net = bllkern.convert(net, cuts, nets.CLASSES, DENOISING, example=x)
+    net[3].eval()
+    with bllkern.targets(y):
+        net(x)
+    assert list(bllkern.local_losses(net)) == ["7"] and bllkern.local_losses(net)["7"] > 0
+
+
 def test_the_noisy_run_is_autocast_too():
     net, cuts, _, x, y = tokens()
     net = bllkern.convert(net, cuts, nets.CLASSES, DENOISING, example=x)

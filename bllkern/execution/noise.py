@@ -68,6 +68,11 @@ def _pair(clean, noisy, std: float, embedded: bool):
     return Pair(clean, noisy + std * torch.randn_like(noisy) if embedded and std else noisy)
 
 
+def wanted() -> bool:
+    """Whether blocks may learn from what is computed now."""
+    return torch.is_grad_enabled() and targets.given() is not None and not sizing.active()
+
+
 def paired(x, std: float):
     """``x`` with itself and Gaussian noise of standard deviation ``std``; integers get it where they are embedded."""
     if not isinstance(x, Tensor) or isinstance(x, Pair):
@@ -100,17 +105,14 @@ def apart(tree) -> tuple[object, object]:
 
 
 class Noise:
-    """Forward hooks of a converted network in training: its inputs become pairs, its outputs plain."""
+    """Forward hooks of a converted network: in a training step, its inputs become pairs, and its outputs plain."""
 
     def __init__(self, std: float):
         self.std = std
 
     @torch.compiler.disable
     def begin(self, net: nn.Module, args: tuple, kwargs: dict):
-        learns = net.training and torch.is_grad_enabled() and targets.given() is not None
-        if not learns or sizing.active():
-            return None
-        return tree_map(partial(paired, std=self.std), (args, kwargs))
+        return tree_map(partial(paired, std=self.std), (args, kwargs)) if wanted() else None
 
     @torch.compiler.disable
     def end(self, net: nn.Module, args: tuple, output):
