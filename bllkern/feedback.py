@@ -173,7 +173,7 @@ class InverseFeedback(Feedback):
         return self._above[0].inverse
 
     def forward(self) -> Tensor:
-        """The messages; launched ahead of the blocks where these run side by side: the block above moves the weights."""
+        """The messages; launched ahead where blocks run side by side: the block above moves the weights."""
         running = streams.running()
         ahead = running.message(self) if running else None
         return self.messages() if ahead is None else ahead

@@ -168,7 +168,7 @@ def test_feedback_alignment_of_convolutions():
 
 
 def test_target_propagation():
-    """Targets t_3 = y B, t_k = t_{k+1} G_{k+1}; h_k descends |h_k - t_k|^2 / 2, G_{k+1} |h_{k+1} G_{k+1} - h_k|^2 / 2."""
+    """Targets t_3 = y B, t_k = t_{k+1} G_{k+1}; h_k descends |h_k - t_k|^2 / 2, G_k+1 |h_{k+1} G_{k+1} - h_k|^2 / 2."""
     before, after = trained("target_propagation", perceptron(), CUTS)
     names, parameters = layers(before)
     codes = feedback(before, 2)

@@ -15,7 +15,7 @@ A(h + b) - A(h) = h.b + |b|^2 / 2, and the agreement is |h - b|^2 / 4 up to a co
 - ``target_propagation``, in its plain (not difference) form (Bengio, arXiv 1407.7906): a block moves towards the target
   of the block above sent through a learned inverse, |h - g(t)|^2 / 2 with t = b of the boundary above; and g learns to
   give back what the block above has read, |g(h') - h|^2 / 2 with h' its activation.  Both are twice the Gaussian
-  agreement, with ``feedback="inverse"``.  Here g is linear, and the target of the last boundary is a fixed random code of
+  agreement, with ``feedback="inverse"``.  Here g is linear, and the target of the last boundary a fixed random code of
   the class.  With maps that learn from h and g(t) instead (``feedback="chained"``) it collapses to chance.
 - ``predsim``, ``deep_supervision`` and ``backprop`` (one block) are objectives of these names.
 """
