@@ -68,7 +68,7 @@ class BLL(Objective):
         check_options(self, **choices, head=HEADS)
         if self.head in ("mlp", "conv") and self.reads_itself:
             raise ValueError(
-                f"head={self.head!r} does not go with bootstrapping or feedback='inverse', whose messages show"
+                f"head={self.head!r} does not go with bootstrapping or feedback='inverse': messages are not hidden"
             )
         if self.feedback == "inverse" and not self.agreement:
             raise ValueError(f"feedback='inverse' learns with the agreement: it needs a weight above 0, got {self}")
