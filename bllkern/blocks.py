@@ -11,13 +11,15 @@ import copy
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from . import objectives
-from .execution import epilogue, schedules, sizing, streams
+from .execution import epilogue, noise, schedules, sizing, streams
 from .execution.offload import Offload
 from .execution.targets import current
 from .objectives.terms import LocalLoss, total
@@ -33,10 +35,11 @@ class Boundary(nn.Module):
             eager, or deferred for objectives that do not isolate.
         channel_dim: where the channels of the activation are; by default 1 from four dimensions up, else the last.
 
-    ``forward(z, block, args, kwargs)`` takes the activation and how it was computed, ``block(*args, **kwargs)``, which
-    denoising runs again; and what is ``known`` already: terms of the loss (:meth:`linear`), or the pooled ``features``
-    (:mod:`bllkern.execution.epilogue`).  Raises ``RuntimeError`` in training outside of :func:`bllkern.targets`,
-    ``ValueError`` for targets that do not fit, ``FloatingPointError`` for a local loss that is not finite (on the CPU).
+    ``forward(z, block, args, kwargs)`` takes the activation and how it was computed, ``block(*args, **kwargs)``; what
+    is ``known`` already: terms of the loss (:meth:`linear`), or the pooled ``features``
+    (:mod:`bllkern.execution.epilogue`); and, for denoising, what the block makes of a ``noisy`` input (:meth:`inputs`).
+    Raises ``RuntimeError`` in training outside of :func:`bllkern.targets`, ``ValueError`` for targets that do not fit,
+    ``FloatingPointError`` for a local loss that is not finite (on the CPU).
     """
 
     def __init__(
@@ -59,6 +62,8 @@ class Boundary(nn.Module):
         self.loss: Tensor | None = None  # of the last step, detached
         self.step: object = None  # the targets of that step
         self.offload: Offload | None = None  # set by convert
+        self.noise = 0.0  # standard deviation of what is handed on beside the activation; set by convert
+        self.expects_noise = False  # to come with the input of the block; set by convert
         self.repeated = False  # passed several times in one step
         self.pending: list[Tensor] = []  # losses that wait for local_loss (deferred)
         self.pending_step: object = None
@@ -68,7 +73,9 @@ class Boundary(nn.Module):
         return f"{self.options}, schedule={self.schedule!r}"
 
     @torch.compiler.disable
-    def forward(self, z: Tensor, block: Callable | None = None, args=(), kwargs=None, known=None) -> Tensor:
+    def forward(
+        self, z: Tensor, block: Callable | None = None, args=(), kwargs=None, known=None, noisy: Tensor | None = None
+    ) -> Tensor:
         if self.objective is None:
             return z
         if sizing.active():
@@ -81,8 +88,7 @@ class Boundary(nn.Module):
             return self.objective(z, block, args, target)
         ready = streams.arrive(self, args, kwargs or {})
         with torch.autocast(z.device.type, enabled=False):
-            rerun = partial(_rerun, block, args, kwargs or {})
-            terms = self.objective(z, target, rerun, known) if known else self.objective(z, target, rerun)
+            terms = self.objective(z, target, noisy, known) if known else self.objective(z, target, noisy)
             loss = total(terms, target.scale)
             schedules.check_finite(self, loss, terms)
             self._remember(loss.detach(), target)
@@ -92,6 +98,28 @@ class Boundary(nn.Module):
             schedules.SCHEDULES[self.schedule](self, z, loss)
         return self._hand_on(onwards, ready)
 
+    def inputs(self, args: tuple, kwargs: Mapping = MappingProxyType({})) -> tuple[tuple, tuple | None]:
+        """Positional and keyword arguments of the module that ends here, and those with noise if it is to denoise.
+
+        Noise that entered with the block has come with them; where no block comes before, it enters here.
+        """
+        if not getattr(self.options, "denoising", 0):
+            return (args, kwargs), None
+        return self._noisy_inputs((args, dict(kwargs)))
+
+    @torch.compiler.disable
+    def _noisy_inputs(self, given: tuple) -> tuple[tuple, tuple | None]:
+        if not (self.training and torch.is_grad_enabled()) or sizing.active():
+            return noise.half(given, "clean"), None
+        if not self.expects_noise:
+            given = tree_map(partial(noise.paired, std=self.options.noise), given)
+        elif not noise.pairs(given):
+            raise RuntimeError(
+                f"denoising: no noise has come to {self.label}: call the converted network itself, with tensors, and "
+                "let what lies between two boundaries be made of torch functions of the activation"
+            )
+        return noise.apart(given)
+
     def _hand_on(self, z: Tensor, ready: object = None) -> Tensor:
         """The block is done: its weights may go, and the next one begins."""
         if self.offload is not None:
@@ -99,7 +127,7 @@ class Boundary(nn.Module):
         streams.leave(z, ready)
         if self.offload is not None:
             self.offload.enter()
-        return z
+        return noise.paired(z, self.noise) if self.noise and noise.wanted() else z
 
     @torch.compiler.disable
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -155,18 +183,6 @@ class Boundary(nn.Module):
         return {**self.__dict__, "pending": [], "handed_on": [], "step": None, "pending_step": None}
 
 
-def _rerun(block: Callable | None, args: tuple, kwargs: dict, std: float) -> Tensor:
-    """The activation again, with Gaussian noise of standard deviation ``std`` on the floating-point inputs."""
-    if block is None:
-        raise ValueError("denoising needs the module that computed the activation: use BlockLocal or convert")
-    noisy = [x + std * torch.randn_like(x) if _is_float(x) else x for x in args]
-    return first_tensor(block(*noisy, **kwargs))
-
-
-def _is_float(x) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
-
-
 def first_tensor(output) -> Tensor:
     """The activation in what a module returned: the output itself, or the first entry of a tuple, dict or dataclass."""
     if isinstance(output, Mapping):
@@ -216,24 +232,11 @@ class BlockLocal(nn.Module):
             sizing.size(self, example)
 
     def forward(self, *args, **kwargs):
-        again = self._unchanged(args) if getattr(self.local.options, "denoising", 0) else self.module
+        (args, kwargs), noisy = self.local.inputs(args, kwargs)
         output, known = self._run(args, kwargs)
-        z = self.local(first_tensor(output), again, args, kwargs, known)
+        noisy = None if noisy is None else noise.half(first_tensor(self.module(*noisy[0], **noisy[1])), "noisy")
+        z = self.local(first_tensor(output), self.module, args, kwargs, known, noisy)
         return _with_first(output, z)
-
-    def _unchanged(self, args: tuple) -> Callable:
-        """The module, to be run again on ``args``; ``RuntimeError`` if its first run changes them in place."""
-        before = [x._version for x in args if _is_float(x)] if torch.is_grad_enabled() else []
-
-        def again(*noisy, **kwargs):
-            if before != [x._version for x in args if _is_float(x)]:
-                raise RuntimeError(
-                    f"{self.local.label} changes its input in place, on which denoising runs it again: let its first "
-                    "operation not be in place"
-                )
-            return self.module(*noisy, **kwargs)
-
-        return again
 
     def _run(self, args, kwargs):
         """What the module returns, and what the objective reads of it where the end of the module yields that too."""
@@ -295,7 +298,9 @@ def _local_layer(layer: type[nn.Module], channel_dim: int) -> type[nn.Module]:
                 sizing.size(self, example)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.local(super().forward(x), super().forward, (x,))
+            (args, _), noisy = self.local.inputs((x,))
+            z = super().forward(*args)
+            return self.local(z, super().forward, args, noisy=None if noisy is None else super().forward(*noisy[0]))
 
         def plain(self) -> nn.Module:
             """The layer without its boundary, sharing the parameters."""
@@ -319,8 +324,10 @@ class BlockLocalLinear(_local_layer(nn.Linear, -1)):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and "agreement" in getattr(self.local.objective, "terms", ())):
             return super().forward(x)
+        ((x,), _), noisy = self.local.inputs((x,))
         z, known = self.local.linear(x, self.weight, self.bias)
-        return self.local(z, nn.Linear.forward, (self, x), known=known)
+        noisy = None if noisy is None else nn.Linear.forward(self, *noisy[0])
+        return self.local(z, nn.Linear.forward, (self, x), known=known, noisy=noisy)
 
 
 BlockLocalConv1d = _local_layer(nn.Conv1d, 1)

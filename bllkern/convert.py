@@ -10,6 +10,7 @@ import difflib
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import zip_longest
 from types import MethodType
 
@@ -19,7 +20,7 @@ from . import objectives
 from .blocks import BlockLocal, Boundary
 from .cuts import channel_dim, even
 from .cuts import file as cuts_file
-from .execution import epilogue, guard, sizing, streams
+from .execution import epilogue, guard, noise, sizing, streams
 from .execution import offload as offloading
 from .network import boundaries
 from .objectives.alignment import watch_output
@@ -88,6 +89,7 @@ def convert(
     streams.attach(converted)
     if isinstance(options, objectives.DirectFeedbackAlignment):
         watch_output(converted)
+    _denoise(converted)
     if example is not None:
         sizing.size(converted, *inputs)
     if offload is not None:
@@ -118,6 +120,7 @@ def unwrap(net: nn.Module) -> nn.Module:
     fused = {path: _detach for path, module in net.named_modules() if epilogue.attached(module)}
     plain = _replace(net, local | fused)
     streams.detach(plain)
+    noise.detach(plain)
     offloading.detach(plain)
     guard.remove(plain)
     return plain
@@ -157,6 +160,16 @@ def _chain(net: nn.Module) -> None:
                 sizing.size(module, *args, **kwargs)
 
         handle = net.register_forward_pre_hook(size_first, with_kwargs=True)
+
+
+def _denoise(net: nn.Module) -> None:
+    """Let every block of ``net`` that denoises get its input with noise too."""
+    hand_on = partial(noise.attach, net)
+    for boundary in boundaries(net).values():
+        if getattr(boundary.options, "denoising", 0):
+            hand_on(boundary.options.noise)
+            boundary.expects_noise = True
+        hand_on = partial(setattr, boundary, "noise")
 
 
 def _check_names(net: nn.Module, names: list[str]) -> None:

@@ -8,6 +8,8 @@ its class's row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from .execution import streams, targets
 from .families import Family
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-CHAINED = ("chained", "attention")  # which read the messages of the boundary above
+CHAINED = ("chained", "attention", "inverse")  # which read the messages of the boundary above
 KINDS = ("direct", *CHAINED, "fixed")
 PERIOD = 10_000.0  # of the slowest wave in the position encoding (Vaswani et al., arXiv 1706.03762, section 3.5)
 
@@ -49,6 +51,18 @@ class LazyWeight(LazyModuleMixin, nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.weight, self.bias
+
+
+class Codes(LazyWeight):
+    """Fixed random rows of standard normal numbers: targets that a Gaussian of unit precision can tell apart."""
+
+    def __init__(self, rows: int):
+        super().__init__(rows, bias=False, trained=False)
+
+    def initialize_parameters(self, features: Tensor) -> None:
+        if self.has_uninitialized_params():
+            super().initialize_parameters(features)
+            nn.init.normal_(self.weight)
 
 
 class Feedback(nn.Module):
@@ -92,11 +106,16 @@ class Feedback(nn.Module):
         above = self._above[0]
         self.source = above.shape if shape is not None else None
         if self.source is None:
-            self.link.rows = above.width
-            self.link(features)
+            self.carrier.rows = above.width
+            self.carrier(features)
         else:
-            self.link.rows = shape[0]
-            self.link(features.new_empty(1, *self.source))
+            self.carrier.rows = shape[0]
+            self.carrier(features.new_empty(1, *self.source))
+
+    @property
+    def carrier(self) -> LazyWeight:
+        """The weights that carry the messages above to this boundary."""
+        return self.link
 
     def forward(self) -> Tensor:
         running = streams.running()
@@ -109,7 +128,7 @@ class Feedback(nn.Module):
         if above is None:
             above = self._above[0].messages()
         means = self._above[0].family.mean(above.detach())
-        return self.family.message(self._carried(means, self.link.weight))
+        return self.family.message(self._carried(means, self.carrier.weight))
 
     def _first(self) -> Tensor:
         """The messages [C, D] of a boundary with none above."""
@@ -125,6 +144,61 @@ class Feedback(nn.Module):
     def chain_above(self) -> list[Feedback]:
         """This one and those whose messages it reads, directly or through others, up to the last boundary."""
         return [self, *(self._above[0].chain_above() if self._above else ())]
+
+
+class InverseFeedback(Feedback):
+    """Backward messages [C, D] of one boundary, carried down by a linear map that learns to undo the block above.
+
+    At the last boundary they are :class:`Codes`, a row per class.  Below it they are ``mean(b_{k+1}) @ G_{k+1}``, or a
+    convolution, as those of ``chained``; but ``G_{k+1}`` belongs to the boundary above, where it learns to give back
+    what its block has read: the activation ``h_k`` from ``h_{k+1}``, both held fixed (target propagation, Bengio, arXiv
+    1407.7906, section 3).  A map that learned from ``h_k`` and the message, as in ``chained``, would follow activations
+    that follow it, until both are the same for every class.
+    """
+
+    def __init__(self, kind: str, target_features: int, family: Family):
+        super().__init__(kind, target_features, family)
+        self._below: list[InverseFeedback] = []
+        self._seen: Callable[[], Tensor] | None = None
+
+    def chain(self, above: Feedback | None) -> None:
+        super().chain(above)
+        if above is None:
+            self.link = Codes(self.link.rows)
+        else:
+            self.link, above.inverse, above._below = None, LazyWeight(0, bias=False), [self]
+
+    @property
+    def carrier(self) -> LazyWeight:
+        return self._above[0].inverse
+
+    def forward(self) -> Tensor:
+        """The messages; launched ahead where blocks run side by side: the block above moves the weights."""
+        running = streams.running()
+        ahead = running.message(self) if running else None
+        return self.messages() if ahead is None else ahead
+
+    def messages(self, above: Tensor | None = None) -> Tensor:
+        return super().messages(above).detach()
+
+    @property
+    def undoes(self) -> bool:
+        """Whether there is a boundary below, to which it carries messages."""
+        return bool(self._below)
+
+    def remember(self, features: Callable[[], Tensor]) -> None:
+        """What gives the features [N, D] of this step's activation, for the boundary above."""
+        if self._above:
+            self._seen = features
+
+    def reconstruction(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """The features [N, D'] of the boundary below, and the message about them made of own parameters ``a`` [N, D].
+
+        Both ``a`` and the features are held fixed: only ``G`` learns.
+        """
+        below = self._below[0]
+        seen, below._seen = below._seen(), None
+        return seen, self.family.message(below._carried(self.family.mean(a.detach()), self.inverse.weight))
 
 
 class AttentionFeedback(Feedback):
@@ -175,4 +249,7 @@ def positions(x: Tensor) -> Tensor:
 
 def build(kind: str, target_features: int, family: Family) -> Feedback:
     """The feedback of one boundary, of a kind in :data:`KINDS`."""
-    return (AttentionFeedback if kind == "attention" else Feedback)(kind, target_features, family)
+    return _CLASSES.get(kind, Feedback)(kind, target_features, family)
+
+
+_CLASSES = {"attention": AttentionFeedback, "inverse": InverseFeedback}

@@ -127,13 +127,30 @@ def test_what_a_block_still_needs_may_not_change():
     assert all(p.grad is None for p in net[1].parameters())
 
 
-def test_denoising_needs_the_input_as_it_was():
-    net = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 8)), nn.Linear(8, 5))
-    net = bllkern.convert(net, ["1"], 5, BLL(denoising=1.0), example=X)
-    with pytest.raises(RuntimeError, match="block '1' changes its input in place, on which denoising runs it again"):
-        step(net)
-    net[1].module[0].inplace = False
-    step(net)
+class Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):
+        return x * factor
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise AssertionError
+
+
+def test_noise_that_is_lost_on_the_way():
+    class Net(nn.Sequential):
+        def forward(self, x, lost):
+            z = self[0](x)
+            return self[2](self[1](torch.tensor(z.tolist()) if lost else Scale.apply(z, self[1].weight[0, 0])))
+
+    net = Net(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5))
+    net = bllkern.convert(net, ["0", "1"], 5, BLL(denoising=1.0), example=(X, False))
+    with pytest.raises(RuntimeError, match="denoising: no noise has come to block '1': call the converted network"):
+        with bllkern.targets(Y):
+            net(X, True)
+    with pytest.raises(RuntimeError, match="denoising cannot follow ScaleBackward between two boundaries: an auto"):
+        with bllkern.targets(Y):
+            net(X, False)
 
 
 @pytest.mark.parametrize("schedule", ["eager", "immediate"])

@@ -121,6 +121,55 @@ def test_chained_feedback_between_maps_is_a_convolution(head, channels):
         torch.testing.assert_close(bllkern.local_losses(fresh)[name], loss)
 
 
+INVERSE = BLL(evidence=0, similarity=0, agreement=2.0, feedback="inverse", pool=2)
+
+
+def half_distance(a, b):
+    """Twice the Gaussian agreement of rows [N, D], as far as it depends on them."""
+    return 0.5 * (a - b).square().sum(1).mean()
+
+
+@pytest.mark.parametrize("schedule", ["eager", "deferred", "immediate"])
+def test_an_inverse_learns_to_give_back_what_the_block_above_has_read(schedule):
+    """Between maps it is a convolution."""
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Tanh(), nn.Conv2d(5, 7, 3, stride=3), nn.Flatten(), nn.Linear(28, 4))
+    x = torch.randn(16, 3, 10, 10)
+    net = bllkern.convert(net, ["0", "2"], 4, INVERSE, schedule, example=x)
+    bllkern.optimizers(net, lambda params: torch.optim.SGD(params, 1.0))
+    low, high = (net[i].local.objective.feedback for i in (0, 2))
+    assert low.link is None and not high.link.weight.requires_grad and 0.8 < high.link.weight.std() < 1.2
+    learned = {name: p for name, p in net.named_parameters() if p.requires_grad and not name.startswith("4.")}
+    before = {name: p.detach().clone() for name, p in learned.items()}
+
+    z = net[0].module(x)
+    h = net[2].module(torch.tanh(z.detach()))
+    z_rows, h_rows = F.adaptive_avg_pool2d(z, 2).flatten(1), h.flatten(1)
+    goal = F.conv2d(high.link.weight.view(4, 7, 2, 2), high.inverse.weight, padding=1).flatten(1).detach()
+    given_back = F.conv2d(h.detach(), high.inverse.weight, padding=1).flatten(1)
+    loss = half_distance(z_rows, goal[Y]) + half_distance(h_rows, high.link.weight[Y])
+    loss = loss + half_distance(z_rows.detach(), given_back)
+    expected = torch.autograd.grad(loss, list(learned.values()))
+
+    with bllkern.targets(Y):
+        net(x)
+        if schedule == "deferred":
+            bllkern.local_loss(net).backward()
+    for (name, p), gradient in zip(learned.items(), expected, strict=True):
+        found = before[name] - p.detach() if schedule == "immediate" else p.grad
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-5)
+    bllkern.assert_isolated(net, x, Y)
+
+
+def test_what_inverse_feedback_cannot_do():
+    with pytest.raises(ValueError, match="feedback='inverse' learns with the agreement: it needs a weight above 0"):
+        BLL(feedback="inverse")
+    with pytest.raises(ValueError, match="head='mlp' does not go with bootstrapping or feedback='inverse'"):
+        dataclasses.replace(INVERSE, head="mlp")
+    net = bllkern.convert(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), ["0"], 4, INVERSE, example=X)
+    with pytest.raises(ValueError, match="one per class and learn alone; '0' has feedback='inverse'"):
+        Layout(net, (X,))
+
+
 TOKENS = BLL(evidence=0, agreement=0.1, prediction=1.0, feedback="attention")
 
 
@@ -240,7 +289,7 @@ def test_what_attention_feedback_cannot_do():
     net = bllkern.convert(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), ["0"], 4, TOKENS, example=X)
     with pytest.raises(ValueError, match=r"feedback='attention' needs targets \[B, T\]"), bllkern.targets(Y):
         net(X)
-    with pytest.raises(ValueError, match="need a message per class; 'embedding' has feedback='attention'"):
+    with pytest.raises(ValueError, match="one per class and learn alone; 'embedding' has feedback='attention'"):
         Layout(token_net(), (sequences()[0],))
     with pytest.raises(ValueError, match="feedback='attention' reads weights of all blocks above"):
         plain = Transformer(4, 6, width=16, heads=2)

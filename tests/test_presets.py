@@ -168,24 +168,24 @@ def test_feedback_alignment_of_convolutions():
 
 
 def test_target_propagation():
-    """Targets t_3 = y G_3, t_k = t_{k+1} G_k; h_k and G_k descend |h_k - t_k|^2 / 2, each with the other held fixed."""
+    """Targets t_3 = y B, t_k = t_{k+1} G_{k+1}; h_k descends |h_k - t_k|^2 / 2, G_k+1 |h_{k+1} G_{k+1} - h_k|^2 / 2."""
     before, after = trained("target_propagation", perceptron(), CUTS)
     names, parameters = layers(before)
-    inverses = [feedback(before, i) for i in range(3)]
+    codes = feedback(before, 2)
+    inverses = [before[f"{i}.local.objective.feedback.inverse.weight"].clone() for i in (1, 2)]
     for x, y in batches():
         h, logits = forward(x, parameters)
-        above, deltas = F.one_hot(y, CLASSES).double(), [error(logits, y)]
-        sources = []
-        for z, inverse in zip(h[:0:-1], inverses[::-1], strict=True):
-            sources.insert(0, above)
-            above = above @ inverse
-            deltas.insert(0, (z - above) / N * (1 - z**2))
-        for k in range(3):
-            inverses[k] -= RATE * sources[k].T @ (sources[k] @ inverses[k] - h[k + 1]) / N
-        descend(parameters, h, deltas)
+        goals = [codes[y]]
+        for inverse in inverses[::-1]:
+            goals.insert(0, goals[0] @ inverse)
+        deltas = [(z - goal) / N * (1 - z**2) for z, goal in zip(h[1:], goals, strict=True)]
+        for low, high, inverse in zip(h[1:-1], h[2:], inverses, strict=True):
+            inverse -= RATE * high.T @ (high @ inverse - low) / N
+        descend(parameters, h, [*deltas, error(logits, y)])
     assert_same(names, parameters, after)
-    for i, inverse in enumerate(inverses):
-        torch.testing.assert_close(feedback(dict(after), i).detach(), inverse, rtol=0, atol=1e-8)
+    for i, inverse in zip((1, 2), inverses, strict=True):
+        learned = after[f"{i}.local.objective.feedback.inverse.weight"].detach()
+        torch.testing.assert_close(learned, inverse, rtol=0, atol=1e-8)
     assert_learned(before, after)
 
 

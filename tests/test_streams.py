@@ -18,6 +18,8 @@ OBJECTIVES = {
     "chained": BLL(feedback="chained", agreement=0.1),
     "bwbpf": "bwbpf",
     "bootstrapping": BLL(bootstrapping=True),
+    "denoising": BLL(denoising=1.0),
+    "inverse": BLL(evidence=0, agreement=1.0, feedback="inverse"),
 }
 
 
@@ -103,7 +105,7 @@ def recorded(monkeypatch, net, optimizers):
 def test_every_wait_is_needed_and_none_is_missing(monkeypatch, objective, schedule):
     recorder = recorded(monkeypatch, *convert(Deep(), schedule, objective))
     assert not races(recorder)
-    used = {"bootstrapping": {"main", "A"}, "chained": {"main", "A", "B", "C", "F"}}
+    used = {"bootstrapping": {"main", "A"}} | dict.fromkeys(["chained", "inverse"], {"main", "A", "B", "C", "F"})
     assert recorder.used() == used.get(objective, {"main", "A", "B", "C"})
     waits = sum(kind == "wait" for kind, *_ in recorder.trace)
     needless = [i for i in range(waits) if not races(recorder, dropped=i)]

@@ -82,6 +82,18 @@ def test_gpt2_of_transformers_converts(cuts, schedule):
     assert losses[-1] < losses[0] and len(bllkern.local_losses(net)) == 2
 
 
+def test_gpt2_of_transformers_denoises():
+    """The noise enters where tokens are embedded, and the output is that of the class as ever."""
+    plain, tokens = gpt2(tie_word_embeddings=False), torch.randint(40, (4, 9))
+    objective = bllkern.objectives.BLL(evidence=0, similarity=0, denoising=1.0, noise=0.5)
+    net = bllkern.convert(plain, ["transformer.h.1"], 40, objective, example=tokens)
+    bllkern.assert_isolated(net, tokens, tokens)
+    with bllkern.targets(tokens):
+        logits = net(tokens).logits
+    assert type(logits) is torch.Tensor and bllkern.local_losses(net)["transformer.h.1"] > 0
+    assert plain.transformer.wte.weight.grad.abs().sum() > 0
+
+
 def test_tied_embeddings_of_gpt2_are_refused():
     with pytest.raises(RuntimeError, match="reaches 'transformer.wte.*tied to 'lm_head.weight'"):
         bllkern.convert(gpt2(), ["transformer.h.0"], 40, example=torch.randint(40, (4, 9)))

@@ -11,6 +11,7 @@ This is done in an ``nn.Sequential``, and in the residual units of torchvision a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from types import MethodType
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..functional import batch_norm_relu
 from ..functional.convolution import cheap_to_repeat, convolution, images_at_a_time
+from . import noise
 
 _RESIDUAL = {
     (where, name)
@@ -59,6 +61,8 @@ def attached(unit: nn.Module) -> bool:
 
 
 def _forward(unit: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(x, noise.Pair):
+        return noise.both(partial(_forward, unit), (x,), {})
     if unit.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _residual(unit, x, 0)[0]
     return type(unit).forward(unit, x)

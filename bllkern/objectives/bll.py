@@ -24,20 +24,23 @@ class BLL(Objective):
         agreement: weight of the free energy of ``a`` and ``b``; alone it collapses, since nothing tells classes apart.
         decorrelation: weight of the squared off-diagonal Gram matrix.
         denoising: weight of pulling the output under input noise of standard deviation ``noise`` to the clean output.
-            The module that stands at the boundary runs a second time for it.
+            The whole block runs a second time for it, from its input, or from the embeddings of tokens; a
+            :class:`bllkern.BlockLocal` or layer that stands alone, from the module's input.
         prediction: weight of an auxiliary head.
         label_smoothing: the share of the target that evidence and prediction spread over all classes.  Blocks that are
             sure of their class keep less for the blocks above: 0.1 is worth about a point of CIFAR-10 accuracy.
         feedback: ``"direct"`` (a learned message per class at every boundary), ``"chained"`` (each boundary's message
             from that of the boundary above; needs :func:`bllkern.convert`), ``"attention"`` (chained, a message per
             token of targets [B, T], which attends to all tokens of the messages above; without evidence, which needs
-            one per class), or ``"fixed"`` (random, untrained).
+            one per class), ``"inverse"`` (chained, by maps that learn to undo the block above; needs an agreement), or
+            ``"fixed"`` (random, untrained).
         bootstrapping: the next block reads the posterior ``a + b`` instead of ``a`` while training.
         pool: convolutional features are averaged to at most ``pool`` places a side.
         head: what the terms (but denoising) see of the activation: its pooled features (``"linear"``), a hidden layer
             on them (``"mlp"``), a small convolution before the pooling (``"conv"``; see :class:`.heads.Head`), or by
             default (``"auto"``) the hidden layer for maps [B, C, *spatial] and the features themselves for all else.
-            With bootstrapping, whose messages stand for the activation itself, it is ``"linear"``.
+            With bootstrapping or ``feedback="inverse"``, whose messages stand for the activation itself, it is
+            ``"linear"``.
 
     Raises: ``TypeError`` for unknown options, ``ValueError`` for their values.
     """
@@ -62,13 +65,22 @@ class BLL(Objective):
         families.get(self.family)
         choices = {"feedback": KINDS, "similarity_target": ("labels", "feedback"), "bootstrapping": (False, True)}
         check_options(self, **choices, head=HEADS)
-        if self.head in ("mlp", "conv") and self.bootstrapping:
-            raise ValueError(f"head={self.head!r} does not go with bootstrapping, whose messages are not hidden")
+        if self.head in ("mlp", "conv") and self.reads_itself:
+            raise ValueError(
+                f"head={self.head!r} does not go with bootstrapping or feedback='inverse': messages are not hidden"
+            )
+        if self.feedback == "inverse" and not self.agreement:
+            raise ValueError(f"feedback='inverse' learns with the agreement: it needs a weight above 0, got {self}")
         if self.feedback == "attention" and (self.evidence or not (self.agreement or self.likelihood)):
             raise ValueError(
                 "feedback='attention' has a message for each token, not for each class: it needs evidence=0, and a "
                 f"weight of agreement or likelihood above 0, got {self}"
             )
+
+    @property
+    def reads_itself(self) -> bool:
+        """Whether messages stand for the activation itself, not for what a head reads in it."""
+        return self.bootstrapping or self.feedback == "inverse"
 
     def build(self, target_features):
         return LocalLoss(self, target_features)

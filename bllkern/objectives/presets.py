@@ -13,8 +13,10 @@ A(h + b) - A(h) = h.b + |b|^2 / 2, and the agreement is |h - b|^2 / 4 up to a co
   derivative (:class:`bllkern.objectives.FeedbackAlignment`).  What BLL contains is the chain without the derivatives of
   the forward path and with the target at its top, that is ``target_propagation`` with weights that do not learn.
 - ``target_propagation``, in its plain (not difference) form (Bengio, arXiv 1407.7906): a block moves towards the target
-  of the block above sent through a learned inverse, |h - g(t)|^2 / 2 with t = b of the boundary above.  That is twice
-  the Gaussian agreement with chained feedback.  Here g is linear, and it learns from the same loss.
+  of the block above sent through a learned inverse, |h - g(t)|^2 / 2 with t = b of the boundary above; and g learns to
+  give back what the block above has read, |g(h') - h|^2 / 2 with h' its activation.  Both are twice the Gaussian
+  agreement, with ``feedback="inverse"``.  Here g is linear, and the target of the last boundary a fixed random code of
+  the class.  With maps that learn from h and g(t) instead (``feedback="chained"``) it collapses to chance.
 - ``predsim``, ``deep_supervision`` and ``backprop`` (one block) are objectives of these names.
 """
 
@@ -30,5 +32,5 @@ PRESETS = {
     "fa": FeedbackAlignment,
     "dfa": DirectFeedbackAlignment,
     "sign_symmetric": partial(FeedbackAlignment, weights="sign"),
-    "target_propagation": partial(BLL, evidence=0.0, similarity=0.0, agreement=2.0, feedback="chained"),
+    "target_propagation": partial(BLL, evidence=0.0, similarity=0.0, agreement=2.0, feedback="inverse"),
 }

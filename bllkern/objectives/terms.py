@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from functools import cached_property
+from collections.abc import Mapping
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -53,7 +53,7 @@ class LocalLoss(nn.Module):
         """The head that ``recipe.head`` names; ``"auto"`` is that of maps until an activation comes that is none."""
         if self.recipe.head == "linear" or self.terms == ["denoising"]:
             return None
-        if self.recipe.head == "auto" and self.recipe.bootstrapping:
+        if self.recipe.head == "auto" and self.recipe.reads_itself:
             return None
         kind = MAP_HEAD if self.recipe.head == "auto" else self.recipe.head
         return Head(kind, self.target_features, self.recipe.pool)
@@ -90,15 +90,18 @@ class LocalLoss(nn.Module):
         return rows(z, tokens, self.recipe.pool, self.channel_dim)
 
     def forward(
-        self, z: Tensor, target: Targets, rerun: Callable[[float], Tensor], known: Mapping[str, Tensor] = _NOTHING
+        self, z: Tensor, target: Targets, noisy: Tensor | None = None, known: Mapping[str, Tensor] = _NOTHING
     ) -> dict[str, Tensor]:
-        """Weighted terms of activation ``z``; ``rerun(std)`` computes ``z`` again from a noisy input.
+        """Weighted terms of activation ``z``; ``noisy`` is what the block makes of a noisy input.
 
         ``known`` are terms that came with ``z`` (:meth:`linear`), or its average over :attr:`side` places, ``pooled``.
         """
         if not self.sized:
             self.initialize(z)
-        batch = self._batch(z, target, rerun, known.get("pooled"))
+        batch = self._batch(z, target, noisy, known.get("pooled"))
+        if isinstance(self.feedback, feedback.InverseFeedback):
+            tokens = len(batch.features) != len(z)
+            self.feedback.remember(partial(rows, z.detach(), tokens, self.recipe.pool, self.channel_dim))
         return {
             name: getattr(self.recipe, name) * (known[name] if name in known else getattr(batch, name)())
             for name in self.terms
@@ -114,7 +117,8 @@ class LocalLoss(nn.Module):
         families that make natural parameters of activations.
         """
         identity = type(self.family).natural is families.Family.natural and self.reader is None
-        if "agreement" not in self.terms or not self.sized or not identity or x.dim() not in (2, 3):
+        alone = "agreement" in self.terms and self.recipe.feedback != "inverse"
+        if not alone or not self.sized or not identity or x.dim() not in (2, 3):
             return F.linear(x, weight, bias), {}
         y, x_rows = self._matched(x, target), x.flatten(0, -2)
         if len(y) != len(x_rows):
@@ -150,13 +154,11 @@ class LocalLoss(nn.Module):
             return None
         return self.recipe.pool if self.reader is None else self.reader.side
 
-    def _batch(
-        self, z: Tensor, target: Targets, rerun: Callable[[float], Tensor] | None, pooled: Tensor | None = None
-    ) -> Batch:
+    def _batch(self, z: Tensor, target: Targets, noisy: Tensor | None, pooled: Tensor | None = None) -> Batch:
         y = self._matched(z, target)
         tokens = y.dim() == 1 and target.y.dim() == 2  # [B, T] became a row per token
         read = z if pooled is None else pooled
-        batch = Batch(self, z, self._features(read, tokens), y, self._kind, target.ignore_index, rerun)
+        batch = Batch(self, z, self._features(read, tokens), y, self._kind, target.ignore_index, noisy)
         if self.reader is not None and self.recipe.similarity > 0:
             batch.plain = rows(read, tokens, self.recipe.pool, self.channel_dim)
         return batch
@@ -189,10 +191,10 @@ def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, .
 class Batch:
     """One batch at one boundary: features [N, D] with their targets, and every term that can score them."""
 
-    def __init__(self, loss: LocalLoss, z, features, y, kind, ignore_index, rerun):
+    def __init__(self, loss: LocalLoss, z, features, y, kind, ignore_index, noisy):
         self.loss, self.recipe, self.family = loss, loss.recipe, loss.family
         self.z, self.features, self.y = z, features, y
-        self.kind, self.ignore_index, self.rerun = kind, ignore_index, rerun
+        self.kind, self.ignore_index, self.noisy = kind, ignore_index, noisy
         self.plain: Tensor | None = None  # the pooled rows, where features are what a head reads in them
 
     @cached_property
@@ -209,9 +211,16 @@ class Batch:
         return self.y.to(self.messages) @ self.messages
 
     def agreement(self) -> Tensor:
-        """Free energy of forward and backward message, per sample that counts (BLL)."""
+        """Free energy of forward and backward message, per sample that counts (BLL).
+
+        With ``feedback="inverse"``, also of what the block has read and of what its inverse makes of the activation.
+        """
         a, b = self.family.natural(self.features), self.message()
-        return self._mean(functional.agreement(a, b, self.family, "none"))
+        loss = self._mean(functional.agreement(a, b, self.family, "none"))
+        if not isinstance(self.loss.feedback, feedback.InverseFeedback) or not self.loss.feedback.undoes:
+            return loss
+        read, message = self.loss.feedback.reconstruction(a)
+        return loss + self._mean(functional.agreement(self.family.natural(read), message, self.family, "none"))
 
     def likelihood(self) -> Tensor:
         """Minus the log evidence of the own message, not normalised over classes, per sample that counts (BLL)."""
@@ -284,7 +293,9 @@ class Batch:
 
     def denoising(self) -> Tensor:
         """The output under a noisy input is pulled to the clean output, which is held fixed (BLL)."""
-        return F.mse_loss(self.rerun(self.recipe.noise), self.z.detach())
+        if self.noisy is None:
+            raise ValueError("denoising needs the module that computed the activation: use BlockLocal or convert")
+        return F.mse_loss(self.noisy.to(self.z.dtype), self.z.detach())
 
     def _mean(self, values: Tensor) -> Tensor:
         """Mean of values [N] over the rows whose target counts."""

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ..blocks import Boundary, first_tensor
-from ..execution import sizing
+from ..execution import noise, sizing
 from ..feedback import Feedback
 from ..network import boundaries
 from .messages import MessageError
@@ -75,8 +75,11 @@ class Layout:
         for name, boundary in boundaries(net).items():
             if boundary.objective is None or not boundary.options.isolate:
                 raise ValueError(f"blocks in parallel need isolated losses; {name!r} has {boundary.options}")
-            if getattr(boundary.options, "feedback", None) == "attention":
-                raise ValueError(f"blocks in parallel need a message per class; {name!r} has feedback='attention'")
+            if (kind := getattr(boundary.options, "feedback", None)) in ("attention", "inverse"):
+                raise ValueError(
+                    f"blocks in parallel carry messages that are one per class and learn alone; {name!r} has "
+                    f"feedback={kind!r}"
+                )
         self.names = [*self.paths, "output"]
         if any(boundary.block_parameters is None for boundary in boundaries(net).values()):
             sizing.size(net, *inputs)
@@ -138,6 +141,9 @@ class Part:
                 self.own.append(name)
             memo[id(tensor)] = tensor if any(own) else _shape_only(tensor)
         self.net = copy.deepcopy(net, memo)
+        self.noise = self.boundary(first - 1).noise if first else 0.0
+        if first:
+            noise.detach(self.net)  # it is added to what is received
         self._divert(self.net, net)
         self._drop_boundaries()
         self.entry_shape = layout.uses.shapes[first - 1] if first else None
@@ -219,7 +225,8 @@ class Part:
                 f"the activation for block {self.names[0]!r} must have shape {list(expected.shape)}, "
                 f"got {list(self.received.shape)}"
             )
-        return type(output)((self.received, *output[1:])) if isinstance(output, (tuple, list)) else self.received
+        received = noise.paired(self.received, self.noise) if self.net.training and self.noise else self.received
+        return type(output)((received, *output[1:])) if isinstance(output, (tuple, list)) else received
 
     def _drop_boundaries(self) -> None:
         for block, path in enumerate(self.layout.paths.values()):
@@ -229,15 +236,15 @@ class Part:
     def _end_at(self, boundary: Boundary, hand_on: Callable[[Tensor], None]) -> None:
         learn = boundary.forward
 
-        def forward(z, *rest):
+        def forward(z, *rest, **more):
             if getattr(boundary.options, "bootstrapping", False) and boundary.training:
-                hand_on(learn(z, *rest))  # the posterior, which is known only now
+                hand_on(learn(z, *rest, **more))  # the posterior, which is known only now
             else:
                 hand_on(z.detach())
-                learn(z, *rest)
+                learn(z, *rest, **more)
             raise Left
 
-        boundary.forward = forward
+        boundary.forward, boundary.noise = forward, 0.0  # noise is added where it is read
 
 
 class _NoBoundary(nn.Module):
@@ -245,7 +252,10 @@ class _NoBoundary(nn.Module):
 
     objective = options = None
 
-    def forward(self, z: Tensor, *rest) -> Tensor:
+    def inputs(self, args: tuple, kwargs: dict) -> tuple[tuple, None]:
+        return (args, kwargs), None
+
+    def forward(self, z: Tensor, *rest, **more) -> Tensor:
         return z
 
 
