@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -102,7 +103,6 @@ class BlockParallel:
         self._sharded = sharding.shard(self.part, self._column(None), mesh.device_type) if shard else []
         self.optimizers = BlockOptimizers(self.part.net, optimizer, feedback)
         self._reducers = [] if column is None else [Reducer(o, column, self.watch) for o in self.optimizers]
-        self.group = dist.new_group(timeout=timedelta(seconds=timeout), backend="gloo")  # all ranks, for checkpoints
         device = example[1].device
         atexit.register(self._abandon)
         self._exchange = Exchange(self.rows, self.part, self.watch, inputs, device, staleness, compress)
@@ -115,6 +115,11 @@ class BlockParallel:
         """A process group of the ranks that hold the same blocks as this one."""
         limit = timedelta(seconds=self.watch.timeout)
         return [dist.new_group(list(column), limit, backend) for column in zip(*self.rows)][self.place]
+
+    @cached_property
+    def group(self) -> dist.ProcessGroup:
+        """All ranks, for checkpoints; made at its first use, by all, since every group keeps a thread awake."""
+        return dist.new_group(timeout=timedelta(seconds=self.watch.timeout), backend="gloo")
 
     @property
     def is_first(self) -> bool:

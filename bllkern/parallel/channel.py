@@ -102,7 +102,7 @@ class Outbox:
                     work.wait(_FOREVER)
                 self.bytes += sum(piece.nbytes for piece in pieces)
                 self._sent += 1
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             self._watch.fail(self.target, RuntimeError(f"ended the connection: {error}"))
 
     def put(self, header: Header, tensors: list[Tensor]) -> None:

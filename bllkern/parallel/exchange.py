@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..families import Family
+from . import shared
 from .channel import DEPTH, Inbox, Outbox
 from .messages import Header, MessageError, compress, describe, empty, expand
 from .part import Part
@@ -56,9 +59,7 @@ class Exchange:
         place = row.index(watch.rank)
         before = row[place - 1] if place else None
         after = row[place + 1] if place + 1 < len(row) else None
-        group = _group(rows, watch.rank)
-        self._inbox = None if before is None else Inbox(before, group, watch, self._accept)
-        self._outbox = None if after is None else Outbox(after, group, watch)
+        self._inbox, self._outbox = _connect(rows, before, after, watch, self._accept, DEPTH)
         self._feedback_in = self._feedback_out = self._above = None
         self._rounds = 0
         self._chain(rows, part, before, after)
@@ -67,17 +68,17 @@ class Exchange:
         """Channels for chained feedback, in a group of their own."""
         if not part.chained:
             return
-        group = _group(rows, self._watch.rank)
         above = None if after is None else part.feedback(part.last - 1)
         if above is not None and above._above:
             self._above = _Remote(above._above[0].family)
             weight = above._above[0].link.weight  # on the meta device
             self._message = [describe(weight)[0], [part.target_features, above._above[0].width]]
             above._above = [self._above]
-            self._feedback_in = Inbox(after, group, self._watch, self._accept_feedback, self._staleness + DEPTH)
         self._own = part.feedback(part.first)
-        if before is not None and self._own is not None:
-            self._feedback_out = Outbox(before, group, self._watch, self._staleness + DEPTH)
+        source = None if self._above is None else after
+        target = None if self._own is None else before
+        accept, depth = self._accept_feedback, self._staleness + DEPTH
+        self._feedback_in, self._feedback_out = _connect(rows, source, target, self._watch, accept, depth)
 
     @property
     def bytes_sent(self) -> int:
@@ -165,7 +166,39 @@ class _Remote:
         return [self]
 
 
-def _group(rows: list[list[int]], rank: int) -> dist.ProcessGroup:
+def _connect(
+    rows: list[list[int]], source: int | None, target: int | None, watch: Watch, accept: Callable, depth: int
+) -> tuple:
+    """Channels from ``source`` and to ``target``, as far as there are such: through memory where it can be shared.
+
+    To be called by all ranks of the job.  ``depth``: messages that wait on either side.
+    """
+    offer = shared.Offer(2 * depth)
+    addresses = _gathered(None if target is None else offer.address)
+    found = None if source is None else shared.find(addresses[source], 2 * depth)
+    shares = _gathered(source is None or found is not None)
+    offer.end(taken=target is not None and shares[target])
+    group = None if all(shares) else _group(rows, watch)  # one that nobody uses would keep a thread awake
+    inbox = outbox = None
+    if found is not None:
+        inbox = shared.SharedInbox(source, *found, watch, accept)
+    elif source is not None:
+        inbox = Inbox(source, group, watch, accept, depth)
+    if target is not None and shares[target]:
+        outbox = shared.SharedOutbox(target, offer.slots, offer.pipe, watch)
+    elif target is not None:
+        outbox = Outbox(target, group, watch, depth)
+    return inbox, outbox
+
+
+def _group(rows: list[list[int]], watch: Watch) -> dist.ProcessGroup:
     """A process group for each row, of which the rank's own is returned; gloo carries tensors on the CPU."""
-    groups = [dist.new_group(row, backend="gloo") for row in rows]
-    return groups[next(i for i, row in enumerate(rows) if rank in row)]
+    groups = [dist.new_group(row, timedelta(seconds=watch.timeout), "gloo") for row in rows]
+    return groups[next(i for i, row in enumerate(rows) if watch.rank in row)]
+
+
+def _gathered(value) -> list:
+    """What every rank of the job has."""
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found

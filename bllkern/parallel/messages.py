@@ -6,7 +6,7 @@ import json
 import math
 import struct
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -57,10 +57,10 @@ class Header:
     targets: dict = field(default_factory=dict)
 
     def encode(self) -> Tensor:
-        """The header as uint8 [HEADER_BYTES].  Raises ``MessageError`` if it does not fit."""
-        content = json.dumps(asdict(self), separators=(",", ":")).encode()
+        """The header as uint8 [HEADER_BYTES].  Raises ``ValueError`` if it does not fit."""
+        content = json.dumps(vars(self), separators=(",", ":")).encode()
         if len(content) > HEADER_BYTES - _PREFIX.size:
-            raise MessageError(f"a header must fit {HEADER_BYTES} bytes, got {len(content) + _PREFIX.size}")
+            raise ValueError(f"a header must fit {HEADER_BYTES} bytes, got {len(content) + _PREFIX.size}")
         prefix = _PREFIX.pack(_MAGIC, zlib.crc32(content), len(content))
         return torch.frombuffer(bytearray((prefix + content).ljust(HEADER_BYTES, b"\0")), dtype=torch.uint8)
 
