@@ -133,8 +133,13 @@ class BlockParallel:
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that this rank has sent to its neighbours, headers and targets included."""
-        return self._exchange.bytes_sent
+        """Bytes that this rank has handed to its neighbours, headers and targets included."""
+        return self._exchange.bytes_sent()
+
+    @property
+    def bytes_shared(self) -> int:
+        """Those of them that lay in memory which both ranks see, so that no network carried them."""
+        return self._exchange.bytes_sent(shared_only=True)
 
     def step(
         self,

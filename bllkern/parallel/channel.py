@@ -19,7 +19,9 @@ from torch import Tensor
 from .messages import HEADER_BYTES, Header, MessageError, decode, empty
 from .watch import Watch
 
-DEPTH = 2  # messages that wait on either side: one to work on, one on its way
+import os as _os
+
+DEPTH = int(_os.environ.get("XDEPTH", 2))  # messages that wait on either side: one to work on, one on its way
 _FOREVER = timedelta(days=365)  # the limit is that of Watch.until, which knows when a rank really waits
 
 

@@ -80,9 +80,10 @@ class Exchange:
         accept, depth = self._accept_feedback, self._staleness + DEPTH
         self._feedback_in, self._feedback_out = _connect(rows, source, target, self._watch, accept, depth)
 
-    @property
-    def bytes_sent(self) -> int:
-        return sum(outbox.bytes for outbox in (self._outbox, self._feedback_out) if outbox is not None)
+    def bytes_sent(self, shared_only: bool = False) -> int:
+        """Bytes handed to the neighbours, all or those through shared memory."""
+        kinds = shared.SharedOutbox if shared_only else (Outbox, shared.SharedOutbox)
+        return sum(box.bytes for box in (self._outbox, self._feedback_out) if isinstance(box, kinds))
 
     def send(self, z: Tensor, batch: MicroBatch) -> None:
         """Hand the activation on, with the targets and what else the next rank needs to know of the micro-batch."""
@@ -173,21 +174,19 @@ def _connect(
 
     To be called by all ranks of the job.  ``depth``: messages that wait on either side.
     """
-    offer = shared.Offer(2 * depth)
+    offer = shared.Offer(depth)
     addresses = _gathered(None if target is None else offer.address)
-    found = None if source is None else shared.find(addresses[source], 2 * depth)
-    shares = _gathered(source is None or found is not None)
-    offer.end(taken=target is not None and shares[target])
+    connection = None if source is None else shared.find(addresses[source])
+    shares = _gathered(source is None or connection is not None)
     group = None if all(shares) else _group(rows, watch)  # one that nobody uses would keep a thread awake
     inbox = outbox = None
-    if found is not None:
-        inbox = shared.SharedInbox(source, *found, watch, accept)
+    if target is not None:
+        outbox = offer.taken(target, watch) if shares[target] else Outbox(target, group, watch, depth)
+    offer.end()
+    if connection is not None:
+        inbox = shared.SharedInbox(source, connection, depth, watch, accept)
     elif source is not None:
         inbox = Inbox(source, group, watch, accept, depth)
-    if target is not None and shares[target]:
-        outbox = shared.SharedOutbox(target, offer.slots, offer.pipe, watch)
-    elif target is not None:
-        outbox = Outbox(target, group, watch, depth)
     return inbox, outbox
 
 

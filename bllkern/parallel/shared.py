@@ -1,9 +1,9 @@
-"""One direction between two ranks of one machine: messages lie in memory that both see, a byte in a pipe announces each.
+"""One direction between two ranks of one machine: messages lie in memory that both see, a local socket announces each.
 
-A socket copies a tensor twice, wakes threads for it, and takes a twentieth of a step.  Memory and pipe have no name
-(``memfd_create``, ``pipe``), so that a rank that is killed leaves nothing behind; the other end of its pipe reads that at
-once.  Where ranks cannot see each other's memory, or the system has no such call, :mod:`.channel` sends as over any
-network.  The classes are those of :mod:`.channel`, without threads.
+Sending a tensor through a socket copies it twice and wakes threads on both sides, which takes a twentieth of a step.  The
+memory has no name (``memfd_create``) and the socket none in the file system, so that a rank that is killed leaves nothing
+behind, and its neighbour learns it at once.  Where ranks are on different machines, or the system has no such calls,
+:mod:`.channel` sends as over any network.  The classes are those of :mod:`.channel`, without threads.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import select
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -21,113 +22,127 @@ from .messages import HEADER_BYTES, LIMIT_BYTES, Header, MessageError, decode, e
 from .watch import Watch
 
 SLOT_BYTES = HEADER_BYTES + LIMIT_BYTES  # of address space: pages are taken when they are first written
-_STATE_BYTES = 64
-_TOKEN_BYTES = 16
-_PAUSE = 1.0  # milliseconds between two looks at whether a slot is free
-
-
-class _Slots:
-    """Memory for ``count`` messages, which one side writes in turn and the other reads in that order.
-
-    Raises ``OSError`` or ``ValueError`` where the descriptor has not that size.
-    """
-
-    def __init__(self, descriptor: int, count: int):
-        memory = mmap.mmap(descriptor, count * SLOT_BYTES + _STATE_BYTES)
-        *self._slots, state = torch.frombuffer(memory, dtype=torch.uint8).split(SLOT_BYTES)
-        self.token, self.read = state[:_TOKEN_BYTES], state[_TOKEN_BYTES:][:8].view(torch.int64)
-        self.count = 0  # messages that this side has written or read
-
-    def is_free(self) -> bool:
-        """Whether the slot that is due can be written."""
-        return self.count - int(self.read) < len(self._slots)
-
-    def places(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Where the bytes of the tensors are, behind those of the header, in the slot that is due."""
-        sizes = [tensor.nbytes for tensor in tensors]
-        if sum(sizes) > LIMIT_BYTES:
-            raise MessageError(f"a message may have {LIMIT_BYTES} bytes, got {sum(sizes)}")
-        return self.due()[HEADER_BYTES : HEADER_BYTES + sum(sizes)].split(sizes)
-
-    def due(self) -> Tensor:
-        return self._slots[self.count % len(self._slots)]
+_BYTE = b"m"  # in one direction: a message is written; in the other: its slot is free
 
 
 class Offer:
-    """Slots and a pipe of this process; at ``address`` another process of this machine finds them."""
+    """Memory of this process for ``count`` messages; a process of this machine finds it at ``address``, if not ``None``."""
 
-    def __init__(self, depth: int):
-        self.address, self.slots, self.pipe, self._inner = None, None, -1, []
+    def __init__(self, count: int):
+        self.address, self._slots, self._memory, self._listener = None, None, -1, socket.socket(socket.AF_UNIX)
         with suppress(AttributeError, OSError, ValueError):  # no such call on this system, or too little address space
-            memory = os.memfd_create("bllkern")
-            self._inner.append(memory)
-            os.truncate(memory, depth * SLOT_BYTES + _STATE_BYTES)
-            self.slots = _Slots(memory, depth)
-            pipe, self.pipe = os.pipe()
-            self._inner.append(pipe)
-            token = os.urandom(_TOKEN_BYTES)
-            self.slots.token.copy_(_bytes(token))
-            self.address = os.getpid(), memory, pipe, token
+            self._memory = os.memfd_create("bllkern")
+            os.truncate(self._memory, count * SLOT_BYTES)
+            self._slots = _Slots(self._memory, count)
+            self._listener.bind(f"\0bllkern-{os.urandom(16).hex()}")
+            self._listener.listen(1)
+            self.address = self._listener.getsockname()
 
-    def end(self, taken: bool) -> None:
-        """Nobody else may find them any more; if they are not taken, this process needs nothing of them either."""
-        for descriptor in self._inner:
-            os.close(descriptor)
-        if not taken:
-            _closed(self.pipe)
+    def taken(self, target: int, watch: Watch) -> SharedOutbox:
+        """The outbox to the rank that has found it."""
+        connection, _ = self._listener.accept()
+        socket.send_fds(connection, [_BYTE], [self._memory])
+        return SharedOutbox(target, connection, self._slots, watch)
+
+    def end(self) -> None:
+        """Nobody else may find it any more."""
+        self._listener.close()
+        if self._memory >= 0:
+            os.close(self._memory)
 
 
-def find(address: tuple | None, depth: int) -> tuple[_Slots, int] | None:
-    """Slots and the pipe at the address, if this process sees them."""
-    if address is None:
-        return None
-    process, memory, pipe, token = address
+def find(address: bytes | None) -> socket.socket | None:
+    """A connection to the offer at the address, if this process can have one."""
+    connection = socket.socket(socket.AF_UNIX)
     try:
-        memory = os.open(f"/proc/{process}/fd/{memory}", os.O_RDWR)
-        try:
-            slots = _Slots(memory, depth)
-        finally:
-            os.close(memory)
-        if not torch.equal(slots.token, _bytes(token)):
+        connection.connect(address)
+    except (OSError, TypeError):  # another machine, another container, no offer
+        connection.close()
+        return None
+    return connection
+
+
+class _Slots:
+    """Memory for ``count`` messages, which one side writes in turn and the other reads in that order."""
+
+    def __init__(self, descriptor: int, count: int):
+        memory = mmap.mmap(descriptor, count * SLOT_BYTES)
+        self._slots = torch.frombuffer(memory, dtype=torch.uint8).split(SLOT_BYTES)
+        self._due, self.count = 0, count
+
+    def header(self) -> Tensor:
+        """uint8 [HEADER_BYTES] of the slot that is due."""
+        return self._slots[self._due][:HEADER_BYTES]
+
+    def places(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Where the bytes of each tensor are in the slot that is due.  Raises ``MessageError`` if they are too many."""
+        sizes = [tensor.nbytes for tensor in tensors]
+        if sum(sizes) > LIMIT_BYTES:
+            raise MessageError(f"a message may have {LIMIT_BYTES} bytes, got {sum(sizes)}")
+        return self._slots[self._due][HEADER_BYTES : HEADER_BYTES + sum(sizes)].split(sizes)
+
+    def turn(self) -> None:
+        """The next slot is due."""
+        self._due = (self._due + 1) % self.count
+
+
+class _End:
+    """One end of a connection to a rank."""
+
+    def __init__(self, rank: int, connection: socket.socket, watch: Watch):
+        self._rank, self._connection, self._watch = rank, connection, watch
+        connection.settimeout(watch.timeout)
+        self._poll = select.poll()
+        self._poll.register(connection, select.POLLIN)
+
+    def _signal(self) -> None:
+        with suppress(OSError):  # the other side has ended; the next wait for it says so
+            self._connection.send(_BYTE)
+
+    def _signals(self, seconds: float, most: int) -> int | None:
+        """How many signals have come, up to ``most``, or ``None``."""
+        if not self._poll.poll(1e3 * seconds):
             return None
-        return slots, os.open(f"/proc/{process}/fd/{pipe}", os.O_RDONLY)
-    except (OSError, ValueError):  # another machine, another container, another user
+        with suppress(OSError):
+            found = self._connection.recv(most)
+            if found:
+                return len(found)
+        self._watch.fail(self._rank, RuntimeError("ended the connection"))
         return None
 
+    def abandon(self) -> bool:
+        """End the connection; true, since there is no thread that could go on."""
+        self._connection.close()
+        return True
 
-class SharedInbox:
+
+class SharedInbox(_End):
     """Messages from ``source`` (a rank of the job); ``accept(header)`` raises ``MessageError`` for one that does not fit."""
 
-    def __init__(self, source: int, slots: _Slots, pipe: int, watch: Watch, accept: Callable[[Header], None]):
-        self.source, self._slots, self._pipe = source, slots, pipe
-        self._watch, self._accept = watch, accept
-        self._poll = select.poll()
-        self._poll.register(pipe, select.POLLIN)
+    def __init__(
+        self, source: int, connection: socket.socket, count: int, watch: Watch, accept: Callable[[Header], None]
+    ):
+        super().__init__(source, connection, watch)
+        _, (memory,), *_ = socket.recv_fds(connection, len(_BYTE), 1)
+        self._slots, self._accept = _Slots(memory, count), accept
+        os.close(memory)
 
     def get(self) -> tuple[Header, list[Tensor]]:
         """The next message.  Raises ``ParallelError`` if none comes in time, or a wrong one."""
-        self._watch.until(self._announced, self.source, "a message")
+        self._watch.until(lambda seconds: self._signals(seconds, 1), self._rank, "a message")
         try:
-            header = decode(self._slots.due()[:HEADER_BYTES])
+            header = decode(self._slots.header())
             if header.kind != "bye":
                 self._accept(header)
             tensors = [empty(description) for description in header.tensors]
             places = self._slots.places(tensors)
         except MessageError as error:
-            raise self._watch.blame(self.source, error) from error
+            raise self._watch.blame(self._rank, error) from error
         for tensor, place in zip(tensors, places):
             _flat(tensor).copy_(place)
-        self._slots.count += 1
-        self._slots.read.fill_(self._slots.count)
+        self._slots.turn()
+        self._signal()
         return header, tensors
-
-    def _announced(self, seconds: float) -> bool | None:
-        if not self._poll.poll(1e3 * seconds):
-            return None
-        if os.read(self._pipe, 1):
-            return True
-        self._watch.fail(self.source, RuntimeError("ended the connection"))
-        return None
 
     def close(self) -> None:
         """Take in what still comes, up to the sender's last message."""
@@ -135,60 +150,34 @@ class SharedInbox:
             pass
         self.abandon()
 
-    def abandon(self) -> bool:
-        """Drop what has come; true, since there is no thread that could go on."""
-        self._pipe = _closed(self._pipe)
-        return True
 
-
-class SharedOutbox:
+class SharedOutbox(_End):
     """Messages to ``target`` (a rank of the job), which has them as soon as ``put`` returns."""
 
-    def __init__(self, target: int, slots: _Slots, pipe: int, watch: Watch):
-        self.target, self._slots, self._pipe, self._watch = target, slots, pipe, watch
-        self.bytes = 0
-        self._poll = select.poll()
-        self._poll.register(pipe, 0)  # for an error only: nobody reads it any more
+    def __init__(self, target: int, connection: socket.socket, slots: _Slots, watch: Watch):
+        super().__init__(target, connection, watch)
+        self._slots, self._free, self.bytes = slots, slots.count, 0
 
     def put(self, header: Header, tensors: list[Tensor]) -> None:
         """Write, once there is room.  Raises ``ParallelError`` if there is none in time."""
-        self._watch.until(self._has_room, self.target, "room for a message")
         places = self._slots.places(tensors)
-        self._slots.due()[:HEADER_BYTES].copy_(header.encode())
+        if not self._free:
+            self._free = self._watch.until(
+                lambda seconds: self._signals(seconds, self._slots.count), self._rank, "room for a message"
+            )
+        self._free -= 1
+        self._slots.header().copy_(header.encode())
         for tensor, place in zip(tensors, places):
             place.copy_(_flat(tensor))
-        self._slots.count += 1
+        self._slots.turn()
         self.bytes += HEADER_BYTES + sum(place.nbytes for place in places)
-        with suppress(BrokenPipeError):  # the next message finds no room
-            os.write(self._pipe, b"m")
-
-    def _has_room(self, _: float) -> bool | None:
-        if self._slots.is_free():
-            return True
-        if self._poll.poll(_PAUSE):
-            self._watch.fail(self.target, RuntimeError("ended the connection"))
-        return None
+        self._signal()
 
     def close(self) -> None:
         """Say that nothing more comes; what is written can be read after this process has ended."""
         self.put(Header("bye"), [])
         self.abandon()
 
-    def abandon(self) -> bool:
-        """End it without a last message; true, since there is no thread that could go on."""
-        self._pipe = _closed(self._pipe)
-        return True
-
-
-def _closed(descriptor: int) -> int:
-    if descriptor >= 0:
-        os.close(descriptor)
-    return -1
-
 
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
-
-
-def _bytes(content: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
