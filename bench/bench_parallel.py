@@ -4,7 +4,7 @@ A stack of eight equal convolutions, micro-batch 16, four micro-batches a step, 
 take turns, so that what else the machine does weighs on all alike; where one process works alone, the others wait.
 ``extra_info`` holds the least and the median seconds of a step over the rounds, the least CPU seconds of the busiest rank
 (what a step would take on cores of its own), the bytes of a step that go through sockets or through shared memory, and
-what ``bllkern plan`` predicts for each from blocks measured in the same rounds, on all cores at once, with its relative
+what ``bllkern plan`` predicts for each from blocks measured in the same rounds, by all ranks at once, with its relative
 error.  Ratios and errors are those of medians.  Two cores at work are slower than twice one: ``times_two_processes`` is
 what two processes that exchange nothing reach.
 
@@ -177,10 +177,10 @@ def _predictions(blocks, sockets, memory):
     return found
 
 
-def _least(profiles):
-    """Of each block the least seconds of all profiles."""
+def _typical(profiles):
+    """Of each block the median seconds of all profiles."""
     times = ("forward", "backward", "local")
-    return [replace(same[0], **{t: min(getattr(b, t) for b in same) for t in times}) for same in zip(*profiles)]
+    return [replace(same[0], **{t: median(getattr(b, t) for b in same) for t in times}) for same in zip(*profiles)]
 
 
 def _rank(rank, ranks, folder, objective):
@@ -205,9 +205,9 @@ def _rank(rank, ranks, folder, objective):
     profiles, sockets, memory = [], _socket_bandwidth(), _memory_bandwidth()
     for _ in range(ROUNDS):
         dist.barrier()
-        if rank < os.cpu_count():
-            example = x[:MICRO_BATCH], y[:MICRO_BATCH]
-            profiles.append(profile(stack(), cuts(), CLASSES, objective, *example, F.cross_entropy, repeats=2))
+        example = x[:MICRO_BATCH], y[:MICRO_BATCH]
+        options = {"repeats": 2, "clock": time.thread_time}
+        profiles.append(profile(stack(), cuts(), CLASSES, objective, *example, F.cross_entropy, **options))
         for name, (run, bytes_sent, _) in variants.items():
             dist.barrier()
             before, start, cpu = bytes_sent(), time.perf_counter(), time.process_time()
@@ -224,8 +224,18 @@ def _rank(rank, ranks, folder, objective):
         close()
     if rank == 0:
         with open(f"{folder}/results.json", "w") as file:
-            predicted = _predictions(_least(profiles), sockets, memory)
-            json.dump({"seconds": seconds, "cpu": busy, "bytes": sent, "predicted": predicted}, file)
+            predicted = _predictions(_typical(profiles), sockets, memory)
+            json.dump(
+                {
+                    "profile": [vars(b) for b in _typical(profiles)],
+                    "bandwidths": [sockets, memory],
+                    "seconds": seconds,
+                    "cpu": busy,
+                    "bytes": sent,
+                    "predicted": predicted,
+                },
+                file,
+            )
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -252,4 +262,21 @@ def test_ranks(benchmark, objective, ranks, tmp_path, monkeypatch):
     )
     if TWO in medians:
         benchmark.extra_info["times_two_processes"] = 2 * medians["one process"] / medians[TWO]
-    print(json.dumps(benchmark.extra_info, indent=1))
+    print(_table(benchmark.group, benchmark.extra_info))
+
+
+def _table(title, found):
+    """``extra_info`` in Markdown."""
+    lines = [f"\n### {title}\n"]
+    lines += ["| | step, median | least | CPU of the busiest rank | through sockets | memory | predicted |"]
+    lines += ["| --- " * 7 + "|"]
+    for name, seconds in found["median_seconds"].items():
+        times = [seconds, found["least_seconds"][name], found["least_cpu_seconds"][name]]
+        cells = [f"{1e3 * time:.1f} ms" for time in times]
+        cells += [f"{count / 1e6:.2f} MB" if count else "" for count in found["bytes_per_step"][name].values()]
+        if name in found["predicted_seconds"]:
+            cells += [f"{1e3 * found['predicted_seconds'][name]:.1f} ms, {found['prediction_error'][name]:+.0%}"]
+        lines += [f"| {name} | {' | '.join(cells)} |"]
+    names = ("times_one_process", "times_1f1b", "times_two_processes")
+    ratios = [f"{name.replace('_', ' ')} {found[name]:.2f}" for name in names if name in found]
+    return "\n".join([*lines, "", f"Block-parallel: {', '.join(ratios)}."])

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..families import Family
 from . import shared
 from .channel import DEPTH, Inbox, Outbox
-from .messages import Header, MessageError, compress, describe, empty, expand
+from .messages import COMPRESSIONS, Header, MessageError, compress, describe, empty, expand
 from .part import Part
 from .watch import SLICE, Watch
 
@@ -116,7 +116,15 @@ class Exchange:
     def _accept(self, header: Header) -> None:
         if len(header.tensors) != {"train": 2, "eval": 1}.get(header.kind):
             raise MessageError(f"an activation with its targets was due, got {header.kind} of {header.tensors}")
-        shape = header.tensors[0][1]
+        wire, shape = header.tensors[0]
+        due = header.dtype if self._compression is None else str(COMPRESSIONS[self._compression]).removeprefix("torch.")
+        if wire != due:
+            raise MessageError(f"an activation must be sent as {due}, got {wire}")
+        if len(header.inputs) != len(self._example) or not all(known[1] for known in header.inputs + header.tensors):
+            raise MessageError(f"inputs as {self._example} were due, got {header.inputs} with {header.tensors}")
+        rows, usual = header.inputs[0][1][0], self._example[0][1][0]
+        if shape[0] * usual != self._expected[0] * rows or any(y[1][0] != rows for y in header.tensors[1:]):
+            raise MessageError(f"an activation and targets of {rows} samples were due, got {header.tensors}")
         same_input = [(d, s[1:]) for d, s in header.inputs] == [(d, s[1:]) for d, s in self._example]
         if len(shape) != len(self._expected) or same_input and shape[1:] != self._expected[1:]:
             raise MessageError(f"an activation must have shape {['B', *self._expected[1:]]}, got {shape}")

@@ -84,6 +84,11 @@ def decode(data: Tensor) -> Header:
     return header
 
 
+def checksum(data: Tensor) -> Tensor:
+    """Checksum and length of an encoded header, uint8 [8]: no two messages have the same, so they mark its tensors."""
+    return data[8 : _PREFIX.size]
+
+
 def _check(header: Header) -> None:
     if header.kind not in KINDS:
         raise MessageError(f"a message must be one of {KINDS}, got {header.kind!r}")

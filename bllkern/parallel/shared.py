@@ -40,6 +40,7 @@ class Offer:
 
     def taken(self, target: int, watch: Watch) -> SharedOutbox:
         """The outbox to the rank that has found it."""
+        self._listener.settimeout(watch.timeout)
         connection, _ = self._listener.accept()
         socket.send_fds(connection, [_BYTE], [self._memory])
         return SharedOutbox(target, connection, self._slots, watch)
