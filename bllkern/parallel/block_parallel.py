@@ -3,7 +3,8 @@
 Since a block's gradient does not leave it, a rank that has handed an activation on has nothing to wait for: it starts
 the next micro-batch, and the next step, at once.  There is no pipeline to fill or to flush, and the result is that of
 one process: an activation is always computed with the parameters of its own step.  Only chained feedback (BLL) carries
-anything the other way, once per step; ``staleness`` says how old it may be.
+anything the other way, once per step; ``staleness`` says how old it may be.  Neighbours on one machine hand activations
+over through memory (:mod:`.shared`), others through sockets (:mod:`.channel`).
 """
 
 from __future__ import annotations

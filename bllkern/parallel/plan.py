@@ -16,7 +16,8 @@ More devices than stages are rows of a mesh: each row takes its share of the mic
 averaged over its column, overlapped with what the stage computes.
 
 Devices may be processes of one machine, which share its ``cores``.  A message is work then, for the one that sends as
-for the one that receives.  With fewer cores than devices, none of them idles while any device has work: the work of all
+for the one that receives.  The blocks should be measured by as many processes at once as there will be devices (see
+:func:`bllkern.parallel.profile.profile`): on cores that take turns between processes a block is a tenth slower.  With fewer cores than devices, none of them idles while any device has work: the work of all
 devices is divided by the number of cores, and a pipeline fills and drains as one of as many stages as there are cores.
 """
 
