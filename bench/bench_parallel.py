@@ -1,8 +1,8 @@
 """Ranks that share the blocks of a network, next to one process and to torch's 1F1B pipeline on the same ranks.
 
-A stack of eight equal convolutions, micro-batch 16, four micro-batches a step, one thread a process, gloo.  The variants
-take turns, so that what else the machine does weighs on all alike; where one process works alone, the others wait.
-``extra_info`` holds the least and the median seconds of a step over the rounds, the least CPU seconds of the busiest rank
+Eight equal convolutions, micro-batch 16, four micro-batches a step, one thread a process, gloo.  The variants take
+turns, so that what else the machine does weighs on all alike; where one process works alone, the others wait.
+``extra_info`` holds the least and median seconds of a step over the rounds, the least CPU seconds of the busiest rank
 (what a step would take on cores of its own), the bytes of a step that go through sockets or through shared memory, and
 what ``bllkern plan`` predicts for each from blocks measured in the same rounds, by all ranks at once, with its relative
 error.  Ratios and errors are those of medians.  Two cores at work are slower than twice one: ``times_two_processes`` is

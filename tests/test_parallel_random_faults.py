@@ -1,4 +1,4 @@
-"""Ranks killed, frozen, or lying at random moments: always an error that names them, and the same weights after a resume.
+"""Ranks killed, frozen, or lying at random moments: always an error that names them, and a resume to the same weights.
 
 One of each in a usual run; ``BLLKERN_FAULTS=20 pytest tests/test_parallel_random_faults.py -rP`` for twenty, and what
 each of them did.

@@ -1,4 +1,4 @@
-"""``torchrun -m bllkern train --block-parallel K``: one network on several processes, with checkpoints and one report."""
+"""``torchrun -m bllkern train --block-parallel K``: one network on several processes, checkpoints and one report."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """One direction between two ranks of one machine: messages lie in memory that both see, a local socket announces each.
 
-Sending a tensor through a socket copies it twice and wakes threads on both sides, which takes a twentieth of a step.  The
-memory has no name (``memfd_create``) and the socket none in the file system, so that a rank that is killed leaves nothing
-behind, and its neighbour learns it at once.  Where ranks are on different machines, or the system has no such calls,
-:mod:`.channel` sends as over any network.  The classes are those of :mod:`.channel`, without threads.
+Sending tensors through a socket copies them twice and wakes threads on both sides, a twentieth of a step of small
+convolutions.  The memory has no name (``memfd_create``) and the socket none in the file system: a rank that is killed
+leaves nothing behind, and its neighbour learns it at once.  Where ranks are on different machines, or the system has no
+such calls, :mod:`.channel` sends as over any network.  The classes are those of :mod:`.channel`, without threads.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ _BYTE = b"m"  # in one direction: a message is written; in the other: its slot i
 
 
 class Offer:
-    """Memory of this process for ``count`` messages; a process of this machine finds it at ``address``, if not ``None``."""
+    """Memory of this process for ``count`` messages, and the ``address`` where another process of this machine finds it.
+
+    The address is ``None`` where there can be no such memory.
+    """
 
     def __init__(self, count: int):
         self.address, self._slots, self._memory, self._listener = None, None, -1, socket.socket(socket.AF_UNIX)
@@ -118,7 +121,7 @@ class _End:
 
 
 class SharedInbox(_End):
-    """Messages from ``source`` (a rank of the job); ``accept(header)`` raises ``MessageError`` for one that does not fit."""
+    """Messages from ``source`` (a rank of the job); ``accept(header)`` raises ``MessageError`` for a wrong one."""
 
     def __init__(
         self, source: int, connection: socket.socket, count: int, watch: Watch, accept: Callable[[Header], None]
