@@ -57,26 +57,26 @@ class Exchange:
         self._expected = None if part.entry_shape is None else list(part.entry_shape)
         row = next(row for row in rows if watch.rank in row)
         place = row.index(watch.rank)
-        before = row[place - 1] if place else None
-        after = row[place + 1] if place + 1 < len(row) else None
-        self._inbox, self._outbox = _connect(rows, before, after, watch, self._accept, DEPTH)
+        self._before = row[place - 1] if place else None
+        self._after = row[place + 1] if place + 1 < len(row) else None
+        self._inbox, self._outbox = _connect(rows, self._before, self._after, watch, self._accept, DEPTH)
         self._feedback_in = self._feedback_out = self._above = None
         self._rounds = 0
-        self._chain(rows, part, before, after)
+        self._chain(rows, part)
 
-    def _chain(self, rows: list[list[int]], part: Part, before: int | None, after: int | None) -> None:
+    def _chain(self, rows: list[list[int]], part: Part) -> None:
         """Channels for chained feedback, in a group of their own."""
         if not part.chained:
             return
-        above = None if after is None else part.feedback(part.last - 1)
+        above = None if self._after is None else part.feedback(part.last - 1)
         if above is not None and above._above:
             self._above = _Remote(above._above[0].family)
             weight = above._above[0].link.weight  # on the meta device
             self._message = [describe(weight)[0], [part.target_features, above._above[0].width]]
             above._above = [self._above]
         self._own = part.feedback(part.first)
-        source = None if self._above is None else after
-        target = None if self._own is None else before
+        source = None if self._above is None else self._after
+        target = None if self._own is None else self._before
         accept, depth = self._accept_feedback, self._staleness + DEPTH
         self._feedback_in, self._feedback_out = _connect(rows, source, target, self._watch, accept, depth)
 
@@ -103,7 +103,7 @@ class Exchange:
 
     def receive(self, kind: str, step: int, micro: int) -> MicroBatch:
         """The micro-batch that is due.  Raises ``MessageError`` if another came, ``ParallelError`` if none in time."""
-        header, tensors = self._inbox.get()
+        header, tensors = self._due(self._inbox, self._before)
         if (header.kind, header.step, header.micro) != (kind, step, micro):
             raise MessageError(
                 f"{kind} of step {step}, micro-batch {micro}, was due, "
@@ -112,6 +112,13 @@ class Exchange:
         z, y = expand(tensors[0], header).to(self._device), tensors[1].to(self._device) if tensors[1:] else None
         inputs = tuple(empty(description, "meta") for description in header.inputs)
         return MicroBatch(kind, step, micro, inputs, y, header.targets, z)
+
+    def _due(self, inbox, source: int) -> tuple[Header, list[Tensor]]:
+        """The next message, which is not the last: that comes too early where ``source`` has failed."""
+        header, tensors = inbox.get()
+        if header.kind == "bye":
+            raise self._watch.ended(source)
+        return header, tensors
 
     def _accept(self, header: Header) -> None:
         if len(header.tensors) != {"train": 2, "eval": 1}.get(header.kind):
@@ -136,7 +143,7 @@ class Exchange:
     def feedback(self, step: int) -> None:
         """Before step ``step``: take the message of the rank after, ``staleness`` steps old, and send one's own."""
         if self._feedback_in is not None and (self._rounds == 0 or self._rounds > self._staleness):
-            self._above.message = self._feedback_in.get()[1][0].to(self._device)
+            self._above.message = self._due(self._feedback_in, self._after)[1][0].to(self._device)
         self._rounds += 1
         if self._feedback_out is not None:
             with torch.no_grad():

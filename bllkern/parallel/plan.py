@@ -18,8 +18,8 @@ averaged over its column, overlapped with what the stage computes.
 Devices may be processes of one machine, which share its ``cores``.  A message is work then, for the one that sends as
 for the one that receives.  With fewer cores than devices, none of them idles while any device has work: the work of all
 devices is divided by the number of cores, and a pipeline fills and drains as one of as many stages as there are cores.
-Blocks are slower on cores that take turns between processes: let as many processes measure them at once as there will be
-devices (``clock`` of :func:`bllkern.parallel.profile.profile`).
+Blocks are slower on cores that take turns between processes: let as many processes measure them at once as there will
+be devices (``clock`` of :func:`bllkern.parallel.profile.profile`).
 """
 
 from __future__ import annotations

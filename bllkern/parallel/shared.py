@@ -26,7 +26,7 @@ _BYTE = b"m"  # in one direction: a message is written; in the other: its slot i
 
 
 class Offer:
-    """Memory of this process for ``count`` messages, and the ``address`` where another process of this machine finds it.
+    """Memory of this process for ``count`` messages, and ``address``, where other processes of this machine find it.
 
     The address is ``None`` where there can be no such memory.
     """
