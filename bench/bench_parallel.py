@@ -1,7 +1,9 @@
 """Ranks that share the blocks of a network, next to one process and to torch's 1F1B pipeline on the same ranks.
 
 Eight equal convolutions, micro-batch 16, four micro-batches a step, one thread a process, gloo.  The variants take
-turns, so that what else the machine does weighs on all alike; where one process works alone, the others wait.
+turns, so that what else the machine does weighs on all alike; where one process works alone, the others wait.  A step
+is timed on every rank after a first one, and the slowest rank counts: what fills the ranks when a job begins, and
+empties them when it ends is no part of a step.
 ``extra_info`` holds the least and median seconds of a step over the rounds, the least CPU seconds of the busiest rank
 (what a step would take on cores of its own), the bytes of a step that go through sockets or through shared memory, and
 what ``bllkern plan`` predicts for each from blocks measured in the same rounds, by all ranks at once, with its relative
@@ -37,7 +39,7 @@ LAYERS, CHANNELS, SIDE, CLASSES = 8, 32, 32, 10
 MICRO_BATCH, MICRO_BATCHES = 16, 4
 TWO = "two processes, each by itself"
 SOCKETS = "block-parallel, through sockets"  # as between machines
-ROUNDS, STEPS = 3, 20  # steps enough that filling the ranks once, at the start of a round, hardly counts
+ROUNDS, STEPS = 3, 16
 KEEP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 METHODS = {
     "one process": "block-parallel",
@@ -210,16 +212,16 @@ def _rank(rank, ranks, folder, objective):
         profiles.append(profile(stack(), cuts(), CLASSES, objective, *example, F.cross_entropy, **options))
         for name, (run, bytes_sent, _) in variants.items():
             dist.barrier()
+            run(1)
             before, start, cpu = bytes_sent(), time.perf_counter(), time.process_time()
             run(STEPS)
-            used = torch.tensor((time.process_time() - cpu) / STEPS)
-            dist.barrier()
-            seconds[name].append((time.perf_counter() - start) / STEPS)
+            used = torch.tensor([time.perf_counter() - start, time.process_time() - cpu]) / STEPS
             total = torch.tensor(bytes_sent()) - torch.tensor(before)
             dist.all_reduce(total)
             dist.all_reduce(used, dist.ReduceOp.MAX)
+            seconds[name].append(float(used[0]))
             sent[name] = dict(zip(("sockets", "memory"), (total // STEPS).tolist()))
-            busy[name].append(float(used))
+            busy[name].append(float(used[1]))
     for *_, close in variants.values():
         close()
     if rank == 0:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .messages import DTYPES, HEADER_BYTES, Header, MessageError, checksum, decode, empty
+from .messages import CHECKSUM_BYTES, DTYPES, HEADER_BYTES, Header, MessageError, checksum, decode, empty
 from .watch import Watch
 
 
@@ -112,7 +112,6 @@ class Outbox:
                 pieces = [data, *(torch.cat([_bytes(tensor), checksum(data)]) for tensor in tensors)]
                 for work in [dist.isend(piece, self.target, self._group) for piece in pieces]:
                     work.wait(_FOREVER)
-                self.bytes += sum(piece.nbytes for piece in pieces)
                 self._sent += 1
         except (RuntimeError, ValueError) as error:
             self._watch.fail(self.target, RuntimeError(f"ended the connection: {error}"))
@@ -129,6 +128,7 @@ class Outbox:
 
         self._watch.until(attempt, self.target, "room for a message")
         self._put += 1
+        self.bytes += HEADER_BYTES + sum(tensor.nbytes + CHECKSUM_BYTES for tensor in tensors)
 
     def close(self) -> None:
         """Say that nothing more comes, and wait until everything is sent."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 HEADER_BYTES = 512
+CHECKSUM_BYTES = 8
 LIMIT_BYTES = 1 << 31  # of one tensor
 KINDS = ("train", "eval", "feedback", "bye")
 DTYPES = {
@@ -86,7 +87,7 @@ def decode(data: Tensor) -> Header:
 
 def checksum(data: Tensor) -> Tensor:
     """Checksum and length of an encoded header, uint8 [8]: no two messages have the same, so they mark its tensors."""
-    return data[8 : _PREFIX.size]
+    return data[_PREFIX.size - CHECKSUM_BYTES : _PREFIX.size]
 
 
 def _check(header: Header) -> None:
