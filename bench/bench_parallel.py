@@ -1,11 +1,14 @@
 """Ranks that share the blocks of a network, next to one process and to torch's 1F1B pipeline on the same ranks.
 
-A stack of eight equal convolutions, micro-batch 16, four micro-batches a step, one thread a process, gloo.  The variants
-take turns, so that what else the machine does weighs on all alike; where one process works alone, the others wait.
-``extra_info`` holds the least and the median seconds of a step over the rounds, the least CPU seconds of the busiest rank
-(what a step would take on cores of its own), the bytes sent in a step, and what ``bllkern plan`` predicts for each from
-blocks measured in the same rounds, on all cores at once, with its relative error.  Two cores at work are slower than
-twice one: ``times_two_processes`` is what two processes that exchange nothing reach.
+Eight equal convolutions, micro-batch 16, four micro-batches a step, one thread a process, gloo.  The variants take
+turns, so that what else the machine does weighs on all alike; where one process works alone, the others wait.  A step
+is timed on every rank after a first one, and the slowest rank counts: what fills the ranks when a job begins, and
+empties them when it ends is no part of a step.
+``extra_info`` holds the least and median seconds of a step over the rounds, the least CPU seconds of the busiest rank
+(what a step would take on cores of its own), the bytes of a step that go through sockets or through shared memory, and
+what ``bllkern plan`` predicts for each from blocks measured in the same rounds, by all ranks at once, with its relative
+error.  Ratios and errors are those of medians.  Two cores at work are slower than twice one: ``times_two_processes`` is
+what two processes that exchange nothing reach.
 
 glibc is told to keep what is freed.  Otherwise it gives the pages of freed activations back to the system or not, as
 the order on its heap has it by chance, and faulting them in again takes up to a fifth of a step of any variant.
@@ -16,6 +19,7 @@ import os
 import time
 from dataclasses import replace
 from statistics import median
+from unittest import mock
 
 import pytest
 import torch
@@ -34,9 +38,15 @@ from bllkern.parallel.profile import profile
 LAYERS, CHANNELS, SIDE, CLASSES = 8, 32, 32, 10
 MICRO_BATCH, MICRO_BATCHES = 16, 4
 TWO = "two processes, each by itself"
-ROUNDS, STEPS = 2, 12  # steps enough that filling the ranks once, at the start of a round, hardly counts
+SOCKETS = "block-parallel, through sockets"  # as between machines
+ROUNDS, STEPS = 3, 16
 KEEP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
-METHODS = {"one process": "block-parallel", "block-parallel": "block-parallel", "1F1B": "1F1B"}  # of the plan
+METHODS = {
+    "one process": "block-parallel",
+    "block-parallel": "block-parallel",
+    SOCKETS: "block-parallel",
+    "1F1B": "1F1B",
+}
 
 
 def stack():
@@ -77,20 +87,28 @@ def one_process(objective, x, y, ranks=(0,)):
         for _ in range(steps if dist.get_rank() in ranks else 0):
             step()
 
-    return run, lambda: 0, lambda: None
+    return run, lambda: (0, 0), lambda: None
 
 
-def block_parallel(objective, x, y, compress=None):
-    """``run(steps)`` of this rank's blocks, the bytes it has sent so far, and what ends it."""
+def block_parallel(objective, x, y):
+    """``run(steps)`` of this rank's blocks, the bytes through sockets and through memory so far, and what ends it."""
     example = x[:MICRO_BATCH], y[:MICRO_BATCH]
     net, mesh = block_local(objective, example[0]), init_device_mesh("cpu", (dist.get_world_size(),))
-    parallel = BlockParallel(net, mesh, optimizer=sgd, example=example, after=cuts(), compress=compress, timeout=60)
+    parallel = BlockParallel(net, mesh, optimizer=sgd, example=example, after=cuts(), timeout=60)
 
     def run(steps):
         for _ in range(steps):
             parallel.step(x, y, MICRO_BATCHES)
 
-    return run, lambda: parallel.bytes_sent, parallel.close
+    def sent():
+        return parallel.bytes_sent - parallel.bytes_shared, parallel.bytes_shared
+
+    return run, sent, parallel.close
+
+
+def without_shared_memory(make, *args):
+    with mock.patch("os.memfd_create", side_effect=OSError):
+        return make(*args)
 
 
 def pipeline(x, y):
@@ -111,7 +129,7 @@ def pipeline(x, y):
             optimizer.step()
             optimizer.zero_grad()
 
-    return run, lambda: sent[0], lambda: None
+    return run, lambda: (sent[0], 0), lambda: None
 
 
 def _counting(operations, sent):
@@ -123,11 +141,11 @@ def _counting(operations, sent):
     return counted
 
 
-def _bandwidth():
+def _socket_bandwidth():
     """Bytes per second between ranks 0 and 1, of messages as large as an activation, there and back."""
     message = torch.empty(MICRO_BATCH * CHANNELS * SIDE * SIDE)
     seconds = []
-    for _ in range(5):
+    for _ in range(9):
         dist.barrier()
         start = time.perf_counter()
         if dist.get_rank() == 0:
@@ -137,23 +155,34 @@ def _bandwidth():
             dist.recv(message, 0)
             dist.send(message, 0)
         seconds.append(time.perf_counter() - start)
-    return 2 * message.nbytes / min(seconds)
+    return 2 * message.nbytes / median(seconds)
 
 
-def _predictions(blocks, bandwidth):
+def _memory_bandwidth():
+    """Bytes per second of passing such a message through memory: written by one rank, read by the other."""
+    source, slot, target = torch.randn(3, MICRO_BATCHES, MICRO_BATCH * CHANNELS * SIDE * SIDE).unbind()
+    start = time.perf_counter()
+    for i in range(MICRO_BATCHES):
+        slot[i].copy_(source[i])
+        target[i].copy_(slot[i])
+    return MICRO_BATCHES * source[0].nbytes * 2 / (time.perf_counter() - start)
+
+
+def _predictions(blocks, sockets, memory):
     """Seconds of a step by variant, on the cores of this machine."""
     found = {}
     for name, method in METHODS.items():
         devices = 1 if name == "one process" else dist.get_world_size()
+        bandwidth = memory if name == "block-parallel" else sockets
         links = {"bandwidth": bandwidth, "micro_batches": MICRO_BATCHES, "cores": os.cpu_count()}
         found[name] = predict(method, blocks, devices, **links).seconds
     return found
 
 
-def _least(profiles):
-    """Of each block the least seconds of all profiles."""
+def _typical(profiles):
+    """Of each block the median seconds of all profiles."""
     times = ("forward", "backward", "local")
-    return [replace(same[0], **{t: min(getattr(b, t) for b in same) for t in times}) for same in zip(*profiles)]
+    return [replace(same[0], **{t: median(getattr(b, t) for b in same) for t in times}) for same in zip(*profiles)]
 
 
 def _rank(rank, ranks, folder, objective):
@@ -166,38 +195,38 @@ def _rank(rank, ranks, folder, objective):
     variants = {
         "one process": one_process(objective, x, y),
         "block-parallel": block_parallel(objective, x, y),
+        SOCKETS: without_shared_memory(block_parallel, objective, x, y),
         "1F1B": pipeline(x, y),
     }
     if ranks == 2:
         variants[TWO] = one_process(objective, x, y, (0, 1))
-        variants["block-parallel, bf16 messages"] = block_parallel(objective, x, y, "bf16")
     seconds, busy = {name: [] for name in variants}, {name: [] for name in variants}
     for run, *_ in variants.values():
         run(1)
     sent = {}
-    profiles, bandwidth = [], _bandwidth()
+    profiles, sockets, memory = [], _socket_bandwidth(), _memory_bandwidth()
     for _ in range(ROUNDS):
         dist.barrier()
-        if rank < os.cpu_count():
-            example = x[:MICRO_BATCH], y[:MICRO_BATCH]
-            profiles.append(profile(stack(), cuts(), CLASSES, objective, *example, F.cross_entropy, repeats=2))
+        example = x[:MICRO_BATCH], y[:MICRO_BATCH]
+        options = {"repeats": 2, "clock": time.thread_time}
+        profiles.append(profile(stack(), cuts(), CLASSES, objective, *example, F.cross_entropy, **options))
         for name, (run, bytes_sent, _) in variants.items():
             dist.barrier()
+            run(1)
             before, start, cpu = bytes_sent(), time.perf_counter(), time.process_time()
             run(STEPS)
-            used = torch.tensor((time.process_time() - cpu) / STEPS)
-            dist.barrier()
-            seconds[name].append((time.perf_counter() - start) / STEPS)
-            total = torch.tensor(bytes_sent() - before)
+            used = torch.tensor([time.perf_counter() - start, time.process_time() - cpu]) / STEPS
+            total = torch.tensor(bytes_sent()) - torch.tensor(before)
             dist.all_reduce(total)
             dist.all_reduce(used, dist.ReduceOp.MAX)
-            sent[name] = int(total) // STEPS
-            busy[name].append(float(used))
+            seconds[name].append(float(used[0]))
+            sent[name] = dict(zip(("sockets", "memory"), (total // STEPS).tolist()))
+            busy[name].append(float(used[1]))
     for *_, close in variants.values():
         close()
     if rank == 0:
         with open(f"{folder}/results.json", "w") as file:
-            predicted = _predictions(_least(profiles), bandwidth)
+            predicted = _predictions(_typical(profiles), sockets, memory)
             json.dump({"seconds": seconds, "cpu": busy, "bytes": sent, "predicted": predicted}, file)
 
 
@@ -211,18 +240,35 @@ def test_ranks(benchmark, objective, ranks, tmp_path, monkeypatch):
     benchmark.pedantic(lambda: mp.spawn(_rank, (ranks, tmp_path, objective), nprocs=ranks), rounds=1, iterations=1)
     with open(tmp_path / "results.json") as file:
         results = json.load(file)
-    least = {name: min(times) for name, times in results["seconds"].items()}
+    medians = {name: median(times) for name, times in results["seconds"].items()}
     benchmark.extra_info.update(
         load=os.getloadavg()[0],
-        least_seconds=least,
-        median_seconds={name: median(times) for name, times in results["seconds"].items()},
+        median_seconds=medians,
+        least_seconds={name: min(times) for name, times in results["seconds"].items()},
         least_cpu_seconds={name: min(times) for name, times in results["cpu"].items()},
         bytes_per_step=results["bytes"],
         predicted_seconds=results["predicted"],
-        prediction_error={name: seconds / least[name] - 1 for name, seconds in results["predicted"].items()},
-        times_one_process=least["one process"] / least["block-parallel"],
-        times_1f1b=least["1F1B"] / least["block-parallel"],
+        prediction_error={name: seconds / medians[name] - 1 for name, seconds in results["predicted"].items()},
+        times_one_process=medians["one process"] / medians["block-parallel"],
+        times_1f1b=medians["1F1B"] / medians["block-parallel"],
     )
-    if TWO in least:
-        benchmark.extra_info["times_two_processes"] = 2 * least["one process"] / least[TWO]
-    print(json.dumps(benchmark.extra_info, indent=1))
+    if TWO in medians:
+        benchmark.extra_info["times_two_processes"] = 2 * medians["one process"] / medians[TWO]
+    print(_table(benchmark.group, benchmark.extra_info))
+
+
+def _table(title, found):
+    """``extra_info`` in Markdown."""
+    lines = [f"\n### {title}\n"]
+    lines += ["| | step, median | least | CPU of the busiest rank | through sockets | memory | predicted |"]
+    lines += ["| --- " * 7 + "|"]
+    for name, seconds in found["median_seconds"].items():
+        times = [seconds, found["least_seconds"][name], found["least_cpu_seconds"][name]]
+        cells = [f"{1e3 * time:.1f} ms" for time in times]
+        cells += [f"{count / 1e6:.2f} MB" if count else "" for count in found["bytes_per_step"][name].values()]
+        if name in found["predicted_seconds"]:
+            cells += [f"{1e3 * found['predicted_seconds'][name]:.1f} ms, {found['prediction_error'][name]:+.0%}"]
+        lines += [f"| {name} | {' | '.join(cells)} |"]
+    names = ("times_one_process", "times_1f1b", "times_two_processes")
+    ratios = [f"{name.replace('_', ' ')} {found[name]:.2f}" for name in names if name in found]
+    return "\n".join([*lines, "", f"Block-parallel: {', '.join(ratios)}."])

@@ -1,6 +1,8 @@
 """Blocks on several processes: the result is that of one process, for every objective, schedule and kind of network."""
 
 import copy
+import os
+from unittest import mock
 
 import pytest
 import torch
@@ -207,24 +209,33 @@ def test_a_chained_message_is_as_old_as_allowed(staleness, tmp_path):
     assert all(torch.equal(message, read[0]) for message in read[: staleness + 1])
 
 
-def compressed(rank, compress):
-    """The losses of a training with compressed messages, and the bytes sent."""
+def compressed(rank, compress, shared=True):
+    """The losses of a training with compressed messages, the bytes sent, and those of them through shared memory."""
     net, example, batches = build("mlp", "bll", "eager")
-    options = {"example": example, "loss": nets.cross_entropy, "after": ["1"], "timeout": 20}
-    with BlockParallel(net, init_device_mesh("cpu", (2,)), optimizer=sgd, compress=compress, **options) as parallel:
+    options = {"example": example, "loss": nets.cross_entropy, "after": ["1"], "timeout": 20, "compress": compress}
+    with mock.patch("os.memfd_create", os.memfd_create if shared else mock.Mock(side_effect=OSError)):
+        parallel = BlockParallel(net, init_device_mesh("cpu", (2,)), optimizer=sgd, **options)
+    with parallel:
         losses = [parallel.step(x, y) for x, y in batches]
-    return losses, parallel.bytes_sent
+    return losses, parallel.bytes_sent, parallel.bytes_shared
 
 
 @pytest.mark.parametrize("compress, bytes_each, tolerance", [("bf16", 2, 0.02), ("fp8", 1, 0.2)])
 def test_compressed_messages_train_nearly_the_same(compress, bytes_each, tolerance, tmp_path):
-    (_, sent), (losses, _) = parallel_ranks.run(compressed, 2, tmp_path, compress)
+    (_, sent, shared), (losses, *_) = parallel_ranks.run(compressed, 2, tmp_path, compress)
     net, example, batches = build("mlp", "bll", "eager")
     expected = in_one_process(net, batches, "eager", 1)
     torch.testing.assert_close(torch.stack(losses), expected, rtol=tolerance, atol=0)
     rows, width = len(example[0]), 16
     message = HEADER_BYTES + rows * width * bytes_each + rows * 8  # header, activation, targets
-    assert sent == STEPS * message + HEADER_BYTES  # and the last word
+    assert sent == shared == STEPS * message + HEADER_BYTES  # and the last word
+
+
+def test_sockets_carry_what_memory_does(tmp_path):
+    (_, sent, shared), (losses, *_) = parallel_ranks.run(compressed, 2, tmp_path, None, False)
+    (_, sent_too, _), (losses_too, *_) = parallel_ranks.run(compressed, 2, tmp_path, None, True)
+    assert sent == sent_too + STEPS * 2 * 8 and shared == 0  # sockets end a tensor with a checksum
+    assert torch.equal(torch.stack(losses), torch.stack(losses_too))
 
 
 @pytest.mark.parametrize("compress, rounding, least", [("bf16", 2**-8, 0), ("fp8", 2**-4, 2**-10), (None, 0, 0)])

@@ -75,6 +75,14 @@ def wrong_shape(header, tensors):
     return replace(header, tensors=[describe(narrow), *header.tensors[1:]]), [narrow, *tensors[1:]]
 
 
+def wrong_dtype(header, tensors):
+    return replace(header, tensors=[["float64", header.tensors[0][1]], *header.tensors[1:]]), tensors
+
+
+def fewer_rows(header, tensors):
+    return replace(header, tensors=[describe(tensors[0][1:]), *header.tensors[1:]]), tensors
+
+
 def wrong_step(header, tensors):
     return replace(header, step=header.step + 1), tensors
 
@@ -102,6 +110,8 @@ def garbage(header, tensors):
 
 WRONG = {
     wrong_shape: "must have shape ['B', 16], got [8, 15]",
+    wrong_dtype: "an activation must be sent as float32, got float64",
+    fewer_rows: "an activation and targets of 8 samples were due, got [['float32', [7, 16]]",
     wrong_step: "train of step 2, micro-batch 0, was due, got train of step 3",
     wrong_kind: "an activation with its targets was due, got feedback",
     no_targets: "an activation with its targets was due, got train",

@@ -1,4 +1,4 @@
-"""``torchrun -m bllkern train --block-parallel K``: one network on several processes, with checkpoints and one report."""
+"""``torchrun -m bllkern train --block-parallel K``: one network on several processes, checkpoints and one report."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 import bllkern
 
 from .. import parallel
+from ..network import boundaries
 from . import checkpoint
 from .data import batches, in_order
 from .errors import UserError, user_errors
@@ -74,6 +75,9 @@ class RankTraining:
         self.whole = Training(recipe, data, torch.device("cpu"))
         self.recipe, self.data, self.steps = recipe, data, self.whole.steps
         self.order, self.history = self.whole.order, []
+        blocks = len(boundaries(self.whole.net)) + 1
+        if mesh.size(1) > blocks:
+            raise UserError(f"--block-parallel must be at most {blocks}, the blocks of the network, got {mesh.size(1)}")
         share = recipe.batch_size // rows
         example = data.train_x[:share], data.train_y[:share]
         options = {"optimizer": self.whole._optimizer, "example": example, "loss": cross_entropy, "timeout": TIMEOUT}
@@ -200,9 +204,8 @@ def _summarise(training: RankTraining, output: Path | None) -> None:
         return
     seconds = sum(epoch.seconds for epoch in training.history)
     sent = human_bytes(sum(number for _, number in found))
-    print(
-        f"\ntest accuracy {training.history[-1].accuracy:.2%}, training time {human_time(seconds)}, {sent} sent in a row"
-    )
+    accuracy = training.history[-1].accuracy
+    print(f"\ntest accuracy {accuracy:.2%}, training time {human_time(seconds)}, {sent} passed between ranks of a row")
     if output is not None:
         net = training.whole.net
         net.load_state_dict({name: tensor for tensors, _ in found for name, tensor in tensors.items()})

@@ -15,7 +15,14 @@ from ..execution.targets import targets
 from ..network import boundaries
 
 
-def block_seconds(net: nn.Module, inputs: tuple, y: Tensor, loss: Callable, repeats: int = 3) -> list[float]:
+def block_seconds(
+    net: nn.Module,
+    inputs: tuple,
+    y: Tensor,
+    loss: Callable,
+    repeats: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
     """Least seconds of forward pass and local learning of each block, the output block last, over ``repeats`` runs.
 
     ``net`` stays as it is, and so do the random numbers of torch.
@@ -24,14 +31,14 @@ def block_seconds(net: nn.Module, inputs: tuple, y: Tensor, loss: Callable, repe
     marks: list[float] = []
     for boundary in boundaries(net).values():
         boundary.schedule = "eager"
-        boundary.register_forward_hook(lambda *_: marks.append(time.perf_counter()))
+        boundary.register_forward_hook(lambda *_: marks.append(clock()))
     runs = []
     with torch.random.fork_rng():
         for _ in range(repeats + 1):
-            marks[:] = [time.perf_counter()]
+            marks[:] = [clock()]
             with targets(y):
                 loss(net(*inputs), y).backward()
-            marks.append(time.perf_counter())
+            marks.append(clock())
             runs.append([after - before for before, after in pairwise(marks)])
             net.zero_grad()
     return [min(seconds) for seconds in zip(*runs[1:])]

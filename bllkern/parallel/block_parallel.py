@@ -3,7 +3,8 @@
 Since a block's gradient does not leave it, a rank that has handed an activation on has nothing to wait for: it starts
 the next micro-batch, and the next step, at once.  There is no pipeline to fill or to flush, and the result is that of
 one process: an activation is always computed with the parameters of its own step.  Only chained feedback (BLL) carries
-anything the other way, once per step; ``staleness`` says how old it may be.
+anything the other way, once per step; ``staleness`` says how old it may be.  Neighbours on one machine hand activations
+over through memory (:mod:`.shared`), others through sockets (:mod:`.channel`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -102,7 +104,6 @@ class BlockParallel:
         self._sharded = sharding.shard(self.part, self._column(None), mesh.device_type) if shard else []
         self.optimizers = BlockOptimizers(self.part.net, optimizer, feedback)
         self._reducers = [] if column is None else [Reducer(o, column, self.watch) for o in self.optimizers]
-        self.group = dist.new_group(timeout=timedelta(seconds=timeout), backend="gloo")  # all ranks, for checkpoints
         device = example[1].device
         atexit.register(self._abandon)
         self._exchange = Exchange(self.rows, self.part, self.watch, inputs, device, staleness, compress)
@@ -116,6 +117,11 @@ class BlockParallel:
         limit = timedelta(seconds=self.watch.timeout)
         return [dist.new_group(list(column), limit, backend) for column in zip(*self.rows)][self.place]
 
+    @cached_property
+    def group(self) -> dist.ProcessGroup:
+        """All ranks, for checkpoints; made at its first use, by all, since every group keeps a thread awake."""
+        return dist.new_group(timeout=timedelta(seconds=self.watch.timeout), backend="gloo")
+
     @property
     def is_first(self) -> bool:
         """Whether this rank reads the data."""
@@ -128,8 +134,13 @@ class BlockParallel:
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that this rank has sent to its neighbours, headers and targets included."""
-        return self._exchange.bytes_sent
+        """Bytes that this rank has handed to its neighbours, headers and targets included."""
+        return self._exchange.bytes_sent()
+
+    @property
+    def bytes_shared(self) -> int:
+        """Those of them that lay in memory which both ranks see, so that no network carried them."""
+        return self._exchange.bytes_sent(shared_only=True)
 
     def step(
         self,

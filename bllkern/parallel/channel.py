@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .messages import HEADER_BYTES, Header, MessageError, decode, empty
+from .messages import CHECKSUM_BYTES, DTYPES, HEADER_BYTES, Header, MessageError, checksum, decode, empty
 from .watch import Watch
+
 
 DEPTH = 2  # messages that wait on either side: one to work on, one on its way
 _FOREVER = timedelta(days=365)  # the limit is that of Watch.until, which knows when a rank really waits
@@ -46,18 +47,28 @@ class Inbox:
         try:
             header = None
             while header is None or header.kind != "bye":
-                header = decode(self._fetch(torch.empty(HEADER_BYTES, dtype=torch.uint8)))
+                data = self._fetch(HEADER_BYTES)
+                header = decode(data)
                 if header.kind != "bye":
                     self._accept(header)
-                self._queue.put((header, [self._fetch(empty(description)) for description in header.tensors]))
+                self._queue.put((header, [self._fetch_tensor(known, checksum(data)) for known in header.tensors]))
         except MessageError as error:
             self._watch.fail(self.source, RuntimeError(f"sent a wrong message: {error}"))
         except RuntimeError as error:
             self._watch.fail(self.source, RuntimeError(f"ended the connection: {error}"))
 
-    def _fetch(self, tensor: Tensor) -> Tensor:
-        dist.irecv(_bytes(tensor), self.source, self._group).wait(_FOREVER)
-        return tensor
+    def _fetch(self, size: int) -> Tensor:
+        """uint8 [size]; what does not come, since gloo takes messages that are too short, is 0."""
+        content = torch.zeros(size, dtype=torch.uint8)
+        dist.irecv(content, self.source, self._group).wait(_FOREVER)
+        return content
+
+    def _fetch_tensor(self, description: list, end: Tensor) -> Tensor:
+        size = empty(description, "meta").nbytes
+        content = self._fetch(size + len(end))
+        if not torch.equal(content[size:], end):
+            raise MessageError(f"a tensor {description} was due, a message that is shorter or of other content came")
+        return content[:size].view(DTYPES[description[0]]).view(description[1])
 
     def get(self) -> tuple[Header, list[Tensor]]:
         """The next message.  Raises ``ParallelError`` if none comes in time."""
@@ -97,12 +108,12 @@ class Outbox:
             header = None
             while header is None or header.kind != "bye":
                 header, tensors = self._queue.get()
-                pieces = [_bytes(tensor) for tensor in (header.encode(), *tensors)]
+                data = header.encode()
+                pieces = [data, *(torch.cat([_bytes(tensor), checksum(data)]) for tensor in tensors)]
                 for work in [dist.isend(piece, self.target, self._group) for piece in pieces]:
                     work.wait(_FOREVER)
-                self.bytes += sum(piece.nbytes for piece in pieces)
                 self._sent += 1
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             self._watch.fail(self.target, RuntimeError(f"ended the connection: {error}"))
 
     def put(self, header: Header, tensors: list[Tensor]) -> None:
@@ -117,6 +128,7 @@ class Outbox:
 
         self._watch.until(attempt, self.target, "room for a message")
         self._put += 1
+        self.bytes += HEADER_BYTES + sum(tensor.nbytes + CHECKSUM_BYTES for tensor in tensors)
 
     def close(self) -> None:
         """Say that nothing more comes, and wait until everything is sent."""

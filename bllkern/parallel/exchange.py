@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..families import Family
+from . import shared
 from .channel import DEPTH, Inbox, Outbox
-from .messages import Header, MessageError, compress, describe, empty, expand
+from .messages import COMPRESSIONS, Header, MessageError, compress, describe, empty, expand
 from .part import Part
 from .watch import SLICE, Watch
 
@@ -54,34 +57,33 @@ class Exchange:
         self._expected = None if part.entry_shape is None else list(part.entry_shape)
         row = next(row for row in rows if watch.rank in row)
         place = row.index(watch.rank)
-        before = row[place - 1] if place else None
-        after = row[place + 1] if place + 1 < len(row) else None
-        group = _group(rows, watch.rank)
-        self._inbox = None if before is None else Inbox(before, group, watch, self._accept)
-        self._outbox = None if after is None else Outbox(after, group, watch)
+        self._before = row[place - 1] if place else None
+        self._after = row[place + 1] if place + 1 < len(row) else None
+        self._inbox, self._outbox = _connect(rows, self._before, self._after, watch, self._accept, DEPTH)
         self._feedback_in = self._feedback_out = self._above = None
         self._rounds = 0
-        self._chain(rows, part, before, after)
+        self._chain(rows, part)
 
-    def _chain(self, rows: list[list[int]], part: Part, before: int | None, after: int | None) -> None:
+    def _chain(self, rows: list[list[int]], part: Part) -> None:
         """Channels for chained feedback, in a group of their own."""
         if not part.chained:
             return
-        group = _group(rows, self._watch.rank)
-        above = None if after is None else part.feedback(part.last - 1)
+        above = None if self._after is None else part.feedback(part.last - 1)
         if above is not None and above._above:
             self._above = _Remote(above._above[0].family)
             weight = above._above[0].link.weight  # on the meta device
             self._message = [describe(weight)[0], [part.target_features, above._above[0].width]]
             above._above = [self._above]
-            self._feedback_in = Inbox(after, group, self._watch, self._accept_feedback, self._staleness + DEPTH)
         self._own = part.feedback(part.first)
-        if before is not None and self._own is not None:
-            self._feedback_out = Outbox(before, group, self._watch, self._staleness + DEPTH)
+        source = None if self._above is None else self._after
+        target = None if self._own is None else self._before
+        accept, depth = self._accept_feedback, self._staleness + DEPTH
+        self._feedback_in, self._feedback_out = _connect(rows, source, target, self._watch, accept, depth)
 
-    @property
-    def bytes_sent(self) -> int:
-        return sum(outbox.bytes for outbox in (self._outbox, self._feedback_out) if outbox is not None)
+    def bytes_sent(self, shared_only: bool = False) -> int:
+        """Bytes handed to the neighbours, all or those through shared memory."""
+        kinds = shared.SharedOutbox if shared_only else (Outbox, shared.SharedOutbox)
+        return sum(box.bytes for box in (self._outbox, self._feedback_out) if isinstance(box, kinds))
 
     def send(self, z: Tensor, batch: MicroBatch) -> None:
         """Hand the activation on, with the targets and what else the next rank needs to know of the micro-batch."""
@@ -101,7 +103,7 @@ class Exchange:
 
     def receive(self, kind: str, step: int, micro: int) -> MicroBatch:
         """The micro-batch that is due.  Raises ``MessageError`` if another came, ``ParallelError`` if none in time."""
-        header, tensors = self._inbox.get()
+        header, tensors = self._due(self._inbox, self._before)
         if (header.kind, header.step, header.micro) != (kind, step, micro):
             raise MessageError(
                 f"{kind} of step {step}, micro-batch {micro}, was due, "
@@ -111,10 +113,25 @@ class Exchange:
         inputs = tuple(empty(description, "meta") for description in header.inputs)
         return MicroBatch(kind, step, micro, inputs, y, header.targets, z)
 
+    def _due(self, inbox, source: int) -> tuple[Header, list[Tensor]]:
+        """The next message, which is not the last: that comes too early where ``source`` has failed."""
+        header, tensors = inbox.get()
+        if header.kind == "bye":
+            raise self._watch.ended(source)
+        return header, tensors
+
     def _accept(self, header: Header) -> None:
         if len(header.tensors) != {"train": 2, "eval": 1}.get(header.kind):
             raise MessageError(f"an activation with its targets was due, got {header.kind} of {header.tensors}")
-        shape = header.tensors[0][1]
+        wire, shape = header.tensors[0]
+        due = header.dtype if self._compression is None else str(COMPRESSIONS[self._compression]).removeprefix("torch.")
+        if wire != due:
+            raise MessageError(f"an activation must be sent as {due}, got {wire}")
+        if len(header.inputs) != len(self._example) or not all(known[1] for known in header.inputs + header.tensors):
+            raise MessageError(f"inputs as {self._example} were due, got {header.inputs} with {header.tensors}")
+        rows, usual = header.inputs[0][1][0], self._example[0][1][0]
+        if shape[0] * usual != self._expected[0] * rows or any(y[1][0] != rows for y in header.tensors[1:]):
+            raise MessageError(f"an activation and targets of {rows} samples were due, got {header.tensors}")
         same_input = [(d, s[1:]) for d, s in header.inputs] == [(d, s[1:]) for d, s in self._example]
         if len(shape) != len(self._expected) or same_input and shape[1:] != self._expected[1:]:
             raise MessageError(f"an activation must have shape {['B', *self._expected[1:]]}, got {shape}")
@@ -126,7 +143,7 @@ class Exchange:
     def feedback(self, step: int) -> None:
         """Before step ``step``: take the message of the rank after, ``staleness`` steps old, and send one's own."""
         if self._feedback_in is not None and (self._rounds == 0 or self._rounds > self._staleness):
-            self._above.message = self._feedback_in.get()[1][0].to(self._device)
+            self._above.message = self._due(self._feedback_in, self._after)[1][0].to(self._device)
         self._rounds += 1
         if self._feedback_out is not None:
             with torch.no_grad():
@@ -165,7 +182,37 @@ class _Remote:
         return [self]
 
 
-def _group(rows: list[list[int]], rank: int) -> dist.ProcessGroup:
+def _connect(
+    rows: list[list[int]], source: int | None, target: int | None, watch: Watch, accept: Callable, depth: int
+) -> tuple:
+    """Channels from ``source`` and to ``target``, as far as there are such: through memory where it can be shared.
+
+    To be called by all ranks of the job.  ``depth``: messages that wait on either side.
+    """
+    offer = shared.Offer(depth)
+    addresses = _gathered(None if target is None else offer.address)
+    connection = None if source is None else shared.find(addresses[source])
+    shares = _gathered(source is None or connection is not None)
+    group = None if all(shares) else _group(rows, watch)  # one that nobody uses would keep a thread awake
+    inbox = outbox = None
+    if target is not None:
+        outbox = offer.taken(target, watch) if shares[target] else Outbox(target, group, watch, depth)
+    offer.end()
+    if connection is not None:
+        inbox = shared.SharedInbox(source, connection, depth, watch, accept)
+    elif source is not None:
+        inbox = Inbox(source, group, watch, accept, depth)
+    return inbox, outbox
+
+
+def _group(rows: list[list[int]], watch: Watch) -> dist.ProcessGroup:
     """A process group for each row, of which the rank's own is returned; gloo carries tensors on the CPU."""
-    groups = [dist.new_group(row, backend="gloo") for row in rows]
-    return groups[next(i for i, row in enumerate(rows) if rank in row)]
+    groups = [dist.new_group(row, timedelta(seconds=watch.timeout), "gloo") for row in rows]
+    return groups[next(i for i, row in enumerate(rows) if watch.rank in row)]
+
+
+def _gathered(value) -> list:
+    """What every rank of the job has."""
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found

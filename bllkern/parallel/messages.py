@@ -6,12 +6,13 @@ import json
 import math
 import struct
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 HEADER_BYTES = 512
+CHECKSUM_BYTES = 8
 LIMIT_BYTES = 1 << 31  # of one tensor
 KINDS = ("train", "eval", "feedback", "bye")
 DTYPES = {
@@ -57,10 +58,10 @@ class Header:
     targets: dict = field(default_factory=dict)
 
     def encode(self) -> Tensor:
-        """The header as uint8 [HEADER_BYTES].  Raises ``MessageError`` if it does not fit."""
-        content = json.dumps(asdict(self), separators=(",", ":")).encode()
+        """The header as uint8 [HEADER_BYTES].  Raises ``ValueError`` if it does not fit."""
+        content = json.dumps(vars(self), separators=(",", ":")).encode()
         if len(content) > HEADER_BYTES - _PREFIX.size:
-            raise MessageError(f"a header must fit {HEADER_BYTES} bytes, got {len(content) + _PREFIX.size}")
+            raise ValueError(f"a header must fit {HEADER_BYTES} bytes, got {len(content) + _PREFIX.size}")
         prefix = _PREFIX.pack(_MAGIC, zlib.crc32(content), len(content))
         return torch.frombuffer(bytearray((prefix + content).ljust(HEADER_BYTES, b"\0")), dtype=torch.uint8)
 
@@ -82,6 +83,11 @@ def decode(data: Tensor) -> Header:
         raise MessageError(f"the header is not readable: {error}") from error
     _check(header)
     return header
+
+
+def checksum(data: Tensor) -> Tensor:
+    """Checksum and length of an encoded header, uint8 [8]: no two messages have the same, so they mark its tensors."""
+    return data[_PREFIX.size - CHECKSUM_BYTES : _PREFIX.size]
 
 
 def _check(header: Header) -> None:

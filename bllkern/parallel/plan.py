@@ -9,8 +9,8 @@ the link between neighbours, L its latency in seconds:
   step, S - 1 stages of forward and backward pass and of messages both ways.
 - zero-bubble (Qi et al., arXiv 2401.10241, ZB-H1): weight gradients fill the drain, so a third of the bubble of 1F1B is
   left where forward, input and weight gradient cost the same; messages as in 1F1B.
-- data-parallel: every device has the network and M / N micro-batches (at least 1 sample each); gradients are averaged by
-  a ring, 2 (N - 1) / N times their bytes over the link and 2 (N - 1) latencies, overlapped with the backward pass.
+- data-parallel: every device has the network and M / N micro-batches (at least 1 sample each); gradients are averaged
+  by a ring, 2 (N - 1) / N times their bytes over the link and 2 (N - 1) latencies, overlapped with the backward pass.
 
 More devices than stages are rows of a mesh: each row takes its share of the micro-batches, and gradients of a stage are
 averaged over its column, overlapped with what the stage computes.
@@ -18,6 +18,8 @@ averaged over its column, overlapped with what the stage computes.
 Devices may be processes of one machine, which share its ``cores``.  A message is work then, for the one that sends as
 for the one that receives.  With fewer cores than devices, none of them idles while any device has work: the work of all
 devices is divided by the number of cores, and a pipeline fills and drains as one of as many stages as there are cores.
+Blocks are slower on cores that take turns between processes: let as many processes measure them at once as there will
+be devices (``clock`` of :func:`bllkern.parallel.profile.profile`).
 """
 
 from __future__ import annotations

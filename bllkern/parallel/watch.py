@@ -65,6 +65,11 @@ class Watch:
         self.fail(rank, RuntimeError(f"sent a wrong message: {_first_line(error)}"))
         return self.report(self._failure)
 
+    def ended(self, rank: int) -> Exception:
+        """The error to raise where ``rank`` has ended too early, whatever made it."""
+        self.fail(rank, RuntimeError("ended the connection"))
+        return self.report(self._failure)
+
     def lost(self, ranks: list[int], error: Exception) -> Exception:
         """The error to raise where a collective of ``ranks`` failed: the silent ones among them are named."""
         silent = [rank for rank in self._asked(self._silent) or [] if rank in ranks]
