@@ -294,11 +294,25 @@ def test_transfer_reports_what_it_keeps(tmp_path, capsys):
     assert (found.cuts, found.head, found.pool, found.objective) == (source["cuts"], "conv", 2, "bwbpf")
     table = found.found["table"]
     assert table["transferred"]["cuts"] == found.cuts and "found by search" in table
+    results = json.loads((tmp_path / "deep.journal.json").read_text())["results"]
+    searched = [json.loads(key)[2:4] for key in results if key.startswith('["validation", "bwbpf"')]
+    assert len(searched) == 3 and [{"head": "conv", "pool": 2}, source["cuts"]] not in searched
     assert found.found["kept"] in printed and "kept by the transfer: " in printed
     assert main(["split", "convnet", "--from", str(file), *options, "--candidates", "0"]) == 0  # without a search
     again = cuts_file.read(tmp_path / "deep.json")
     assert again.cuts == found.cuts and "kept" not in again.found
     assert again.found["table"].keys() == {"even by layers", "even by cost", "transferred"}
+
+
+def test_a_preset_and_what_replaces_it(tmp_path, capsys):
+    arguments = [*SMALL, "--blocks", "3", "--epochs", "1", "--candidates", "1", "--seeds", "1", "--preset", "bwbpf"]
+    assert main(["split", "convnet", *arguments, "--lr", "0.02", "--output", str(tmp_path / "cuts.json")]) == 0
+    file = cuts_file.read(tmp_path / "cuts.json")
+    assert (file.objective, file.head, file.options) == ("bwbpf", "linear", {"label_smoothing": 0.0})
+    assert (file.found["protocol"]["optimizer"], file.found["protocol"]["lr"]) == ("sgd", 0.02)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:2]] == ["validation", "test"]
+    assert lines[0].endswith("epochs 1  seed 0  layer1.3, layer3.3; linear, pool 4")
 
 
 def test_the_share_kept():
