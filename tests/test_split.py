@@ -327,6 +327,9 @@ def test_the_share_kept():
         "transferred": "transferred: does not beat both even cuts by more than the seeds' spread",
         "kept": "kept by the transfer: 5% of the direct search's gain over the better even cut",
     }
+    assert split._verdicts(report(0.5, 0.6, 0.608, 0.604))["kept"].endswith(
+        "50% of the direct search's gain over the better even cut, which is within the seeds' spread"
+    )
 
 
 def test_help_has_examples(capsys):

@@ -214,13 +214,8 @@ def _add_split(parser: argparse.ArgumentParser) -> None:
     add("--blocks", type=_blocks, metavar="K", help="blocks to cut into, 2 or more")
     add("--from", dest="source", metavar="FILE", help="a .json of bllkern split for a relative, to carry over")
     add("--candidates", type=_non_negative_int, default=24, metavar="N", help="to search among; default: 24; 0: none")
-    add(
-        "--max-time-ratio",
-        type=_positive_float,
-        metavar="X",
-        help="largest, of a step's time to backprop's; default: any",
-    )
-    add("--max-memory-ratio", type=_positive_float, metavar="X", help="the same of its peak memory")
+    add("--max-time-ratio", type=_positive_float, metavar="X", help="largest step time / backprop's; default: any")
+    add("--max-memory-ratio", type=_positive_float, metavar="X", help="largest peak memory of a step / backprop's")
     add("--seeds", type=_positive_int, default=3, metavar="N", help="of the table, from --seed on; default: 3")
     add("--objective", choices=cuts_file.OBJECTIVES, help="default: that of --from, or bll")
     _add_option(parser, "NAME=VALUE", "an option of the objective, such as family=bernoulli; may be repeated")

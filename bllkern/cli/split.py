@@ -215,27 +215,36 @@ def kept(report: dict[str, dict]) -> float | None:
 
 def _verdicts(report: dict[str, dict]) -> dict[str, str]:
     """What the table shows, in words."""
-    said = {name: _against_even(name, report) for name in (FOUND, TRANSFERRED) if name in report}
+    better = {name: _better_than_even(name, report) for name in (FOUND, TRANSFERRED) if name in report}
+    words = {
+        None: "no spread to compare with, with one seed",
+        True: "beats both even cuts by more than the seeds' spread",
+        False: "does not beat both even cuts by more than the seeds' spread",
+    }
+    said = {name: f"{name}: {words[better[name]]}" for name in better}
     if len(said) == 2:
         share = kept(report)
-        said["kept"] = (
-            "kept by the transfer: not defined, as the direct search gains nothing over the better even cut"
+        said["kept"] = "kept by the transfer: " + (
+            "not defined, as the direct search gains nothing over the better even cut"
             if share is None
-            else f"kept by the transfer: {share:.0%} of the direct search's gain over the better even cut"
+            else f"{share:.0%} of the direct search's gain over the better even cut"
+            + (", which is within the seeds' spread" if better[FOUND] is False else "")
         )
     return said
 
 
-def _against_even(name: str, report: dict[str, dict]) -> str:
-    """Whether the row ``name`` is better than both even cuts by more than the larger standard deviation of the two."""
+def _better_than_even(name: str, report: dict[str, dict]) -> bool | None:
+    """Whether the row ``name`` is better than both even cuts by more than the larger standard deviation of the two.
+
+    ``None`` where there is no standard deviation.
+    """
     better = []
     for even in (BY_LAYERS, BY_COST):
         spreads = [report[row]["accuracy_std"] for row in (name, even)]
         if None in spreads:
-            return f"{name}: no spread to compare with, with one seed"
+            return None
         better.append(report[name]["accuracy_mean"] - report[even]["accuracy_mean"] > max(spreads))
-    words = "beats both even cuts" if all(better) else "does not beat both even cuts"
-    return f"{name}: {words} by more than the seeds' spread"
+    return all(better)
 
 
 def _table(report: dict[str, dict]) -> str:
