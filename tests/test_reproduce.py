@@ -123,7 +123,10 @@ def test_a_table_of_another_protocol_is_refused(tmp_path, monkeypatch, capsys):
     assert "was made with lr=0.004, not 0.001" in capsys.readouterr().err
     monkeypatch.setitem(SCALES, ("bwbpf", "cpu"), Scale((("digits", "mlp"),), QUICK, seeds=1))
     monkeypatch.setitem(PAPERS["bwbpf"].methods, "predsim", ("predsim", {"similarity": 1.0}))
-    assert run(tmp_path) == 2 and "was made with methods=" in capsys.readouterr().err
+    assert (
+        run(tmp_path) == 2
+        and "was made with methods.predsim.similarity=4.0, not 1.0; choose" in capsys.readouterr().err
+    )
     assert (tmp_path / "bwbpf-cpu.json").read_bytes() == before
 
 

@@ -121,9 +121,9 @@ def _transferred(shallow: CutsFile, source: nn.Module, net: nn.Module, example: 
 
 
 def _epochs(args: argparse.Namespace, candidates: int, rows: int) -> int:
-    """Epochs to train for, all in all."""
+    """Epochs to train for, all in all, at most; one of backprop for its cost."""
     searched = sum(count * epochs for count, epochs in search.rungs(candidates, args.epochs)) if candidates else 0
-    return searched + args.seeds * args.epochs * (rows + 2 * bool(candidates))
+    return 1 + searched + args.seeds * args.epochs * (rows + 2 * bool(candidates))
 
 
 class Trainer:
