@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -153,13 +154,14 @@ def _plot(paper: Paper, name: str, rows: list[dict]) -> bytes:
 
     figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.42 * len(rows)), layout="constrained")
     labels = [f"{NAMES[row['data']]}, {row['network']}" for row in rows]
-    for series, (method, colour) in enumerate(zip([*paper.columns, *paper.methods], pyplot.cm.tab10.colors)):
+    methods = [*paper.columns, *paper.methods]
+    for series, (method, colour) in enumerate(zip(methods, pyplot.cm.tab10.colors)):
         points = [_point(row, method) for row in rows]
-        places = [(i, *point) for i, point in enumerate(points) if point is not None]
+        places = [(i + 0.6 * series / len(methods) - 0.3, *p) for i, p in enumerate(points) if p is not None]
         style = {"color": colour, "fillstyle": "none" if series < len(paper.columns) else "full"}
         label = method + (" (published)" if series < len(paper.columns) else "")
         y, x, spread = zip(*places) if places else ((), (), ())
-        axes.errorbar(x, y, xerr=spread, fmt="o", capsize=3, label=label, **style)
+        axes.errorbar(x, y, xerr=spread, fmt="o", markersize=5, capsize=2, label=label, **style)
     axes.set(yticks=range(len(rows)), yticklabels=labels, xlabel="test error (%)", title=f"{paper.title}, {name} scale")
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
@@ -171,9 +173,10 @@ def _plot(paper: Paper, name: str, rows: list[dict]) -> bytes:
 
 
 def _point(row: dict, method: str) -> tuple[float, float] | None:
-    """Error and spread in percent, if there is one."""
+    """Error and spread in percent, if there is one; a spread that is not known is not a number, and not drawn."""
     if method in row["published"]:
-        error, spread = row["published"][method], 0.0
-        return None if error is None else (error, spread)
-    cell = row["measured"][method]
-    return None if cell["error_mean"] is None else (100 * cell["error_mean"], 100 * (cell["error_std"] or 0.0))
+        error, spread = row["published"][method], None
+    else:
+        error, spread = (row["measured"][method][key] for key in ("error_mean", "error_std"))
+        error, spread = (value and 100 * value for value in (error, spread))
+    return None if error is None else (error, math.nan if spread is None else spread)
