@@ -325,10 +325,14 @@ def test_the_share_kept():
     assert split._verdicts(report(0.5, 0.6, 0.8, 0.609)) == {
         "found by search": "found by search: beats both even cuts by more than the seeds' spread",
         "transferred": "transferred: does not beat both even cuts by more than the seeds' spread",
-        "kept": "kept by the transfer: 5% of the direct search's gain over the better even cut",
+        "kept": "kept by the transfer: 76% of the direct search's accuracy; 5% of its gain over the better even cut",
     }
     assert split._verdicts(report(0.5, 0.6, 0.608, 0.604))["kept"].endswith(
-        "50% of the direct search's gain over the better even cut, which is within the seeds' spread"
+        " 99% of the direct search's accuracy; 50% of its gain over the better even cut, which is within the seeds' "
+        "spread"
+    )
+    assert split._verdicts(report(0.5, 0.6, 0.5, 0.6))["kept"].endswith(
+        " 120% of the direct search's accuracy; its gain over the better even cut is none"
     )
 
 

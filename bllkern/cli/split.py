@@ -223,13 +223,13 @@ def _verdicts(report: dict[str, dict]) -> dict[str, str]:
     }
     said = {name: f"{name}: {words[better[name]]}" for name in better}
     if len(said) == 2:
+        accuracy = report[TRANSFERRED]["accuracy_mean"] / report[FOUND]["accuracy_mean"]
+        gain = "its gain over the better even cut"
         share = kept(report)
-        said["kept"] = "kept by the transfer: " + (
-            "not defined, as the direct search gains nothing over the better even cut"
-            if share is None
-            else f"{share:.0%} of the direct search's gain over the better even cut"
-            + (", which is within the seeds' spread" if better[FOUND] is False else "")
-        )
+        words = f"{gain} is none" if share is None else f"{share:.0%} of {gain}"
+        if share is not None and better[FOUND] is False:
+            words += ", which is within the seeds' spread"
+        said["kept"] = f"kept by the transfer: {accuracy:.0%} of the direct search's accuracy; {words}"
     return said
 
 
