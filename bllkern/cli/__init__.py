@@ -72,7 +72,7 @@ examples:
   bllkern reproduce bll --scale gpu --data-dir ~/data --output bench/results
 
 cpu: a small convnet on 10,000 images of CIFAR-10 in place of the papers' networks (bll: also sequence reversal), about
-half an hour on two cores. gpu: ResNet-18 and ResNet-50 on all of CIFAR-10, 30 epochs.
+half an hour on two idle cores. gpu: ResNet-18 and ResNet-50 on all of CIFAR-10, 30 epochs.
 
 Writes DIR/PAPER-SCALE.json, .md and .png. The JSON keeps every training: the same command continues a killed one. What
 is not trained at a scale is in the table as "not measured".

@@ -120,10 +120,10 @@ def _markdown(args: argparse.Namespace, paper: Paper, scale: Scale, where: torch
         lines.append([f"{NAMES[row['data']]}, {row['network']}", *published, *measured])
     recipe = scale.recipe
     sizes = ["all" if recipe[size] is None else f"{recipe[size]:,}" for size in ("train_size", "test_size")]
+    seeds = "one seed" if scale.seeds == 1 else f"mean and standard deviation over {scale.seeds} seeds"
     measured = (
         f"Measured: {sizes[0]} training and {sizes[1]} test samples, {recipe['epochs']} epochs, batches of "
-        f"{recipe['batch_size']}, {_optimizer(recipe)}; mean and standard deviation over "
-        f"{scale.seeds} seeds; torch {torch.__version__} on {where.type}. {scale.note}"
+        f"{recipe['batch_size']}, {_optimizer(recipe)}; {seeds}; torch {torch.__version__} on {where.type}. {scale.note}"
     )
     title = f"# {paper.title} at the scale `{args.scale}`"
     command = f"bllkern reproduce {args.paper} --scale {args.scale} --seeds {scale.seeds} --data-dir DIR"
