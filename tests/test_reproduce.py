@@ -49,7 +49,7 @@ def test_published_and_measured_side_by_side(paper, tmp_path, capsys):
         printed = f"{100 * cell['error_mean']:.2f} ± {100 * cell['error_std']:.2f}"
         assert cells(text, "digits, mlp")[len(columns) + list(methods).index(method)] == printed
     assert cells(text, "digits, mlp")[: len(columns)] == ["-"] * len(columns)
-    assert "60 training and 40 test images, 1 epochs" in text
+    assert "60 training and 40 test samples, 1 epochs" in text
 
 
 def test_it_trains_as_bllkern_train_does(tmp_path):
@@ -87,6 +87,22 @@ def test_an_interrupted_table_continues(tmp_path, monkeypatch):
     assert "not measured" not in cells((tmp_path / "bwbpf-cpu.md").read_text(), "digits, mlp")
 
 
+def test_what_diverges_does_not_end_the_table(tmp_path, monkeypatch, capsys):
+    train_epoch = loop.Training.train_epoch
+
+    def diverging(self, progress):
+        if self.recipe.objective == "predsim" or self.recipe.objective == "backprop" and self.recipe.seed:
+            raise FloatingPointError("the loss is not finite")
+        return train_epoch(self, progress)
+
+    monkeypatch.setattr(loop.Training, "train_epoch", diverging)
+    assert run(tmp_path) == 0
+    backprop, predsim, *others = cells((tmp_path / "bwbpf-cpu.md").read_text(), "digits, mlp")[5:]
+    assert backprop.endswith(" (1 of 2 seeds, 1 diverged)") and predsim == "diverged"
+    assert all("diverged" not in cell and "seeds" not in cell for cell in others)
+    assert "digits, mlp, predsim, seed 1: diverged\n" in capsys.readouterr().out
+
+
 def test_data_that_is_missing_is_named(tmp_path, monkeypatch, capsys):
     rows = (("cifar10", "convnet"), ("digits", "mlp"))
     monkeypatch.setitem(SCALES, ("bwbpf", "cpu"), Scale(rows, QUICK, seeds=1))
@@ -107,7 +123,10 @@ def test_a_table_of_another_protocol_is_refused(tmp_path, monkeypatch, capsys):
     assert "was made with lr=0.004, not 0.001" in capsys.readouterr().err
     monkeypatch.setitem(SCALES, ("bwbpf", "cpu"), Scale((("digits", "mlp"),), QUICK, seeds=1))
     monkeypatch.setitem(PAPERS["bwbpf"].methods, "predsim", ("predsim", {"similarity": 1.0}))
-    assert run(tmp_path) == 2 and "was made with methods=" in capsys.readouterr().err
+    assert (
+        run(tmp_path) == 2
+        and "was made with methods.predsim.similarity=4.0, not 1.0; choose" in capsys.readouterr().err
+    )
     assert (tmp_path / "bwbpf-cpu.json").read_bytes() == before
 
 

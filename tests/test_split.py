@@ -294,11 +294,25 @@ def test_transfer_reports_what_it_keeps(tmp_path, capsys):
     assert (found.cuts, found.head, found.pool, found.objective) == (source["cuts"], "conv", 2, "bwbpf")
     table = found.found["table"]
     assert table["transferred"]["cuts"] == found.cuts and "found by search" in table
+    results = json.loads((tmp_path / "deep.journal.json").read_text())["results"]
+    searched = [json.loads(key)[2:4] for key in results if key.startswith('["validation", "bwbpf"')]
+    assert len(searched) == 3 and [{"head": "conv", "pool": 2}, source["cuts"]] not in searched
     assert found.found["kept"] in printed and "kept by the transfer: " in printed
     assert main(["split", "convnet", "--from", str(file), *options, "--candidates", "0"]) == 0  # without a search
     again = cuts_file.read(tmp_path / "deep.json")
     assert again.cuts == found.cuts and "kept" not in again.found
     assert again.found["table"].keys() == {"even by layers", "even by cost", "transferred"}
+
+
+def test_a_preset_and_what_replaces_it(tmp_path, capsys):
+    arguments = [*SMALL, "--blocks", "3", "--epochs", "1", "--candidates", "1", "--seeds", "1", "--preset", "bwbpf"]
+    assert main(["split", "convnet", *arguments, "--lr", "0.02", "--output", str(tmp_path / "cuts.json")]) == 0
+    file = cuts_file.read(tmp_path / "cuts.json")
+    assert (file.objective, file.head, file.options) == ("bwbpf", "linear", {"label_smoothing": 0.0})
+    assert (file.found["protocol"]["optimizer"], file.found["protocol"]["lr"]) == ("sgd", 0.02)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:2]] == ["validation", "test"]
+    assert lines[0].endswith("epochs 1  seed 0  layer1.3, layer3.3; linear, pool 4")
 
 
 def test_the_share_kept():
@@ -311,8 +325,15 @@ def test_the_share_kept():
     assert split._verdicts(report(0.5, 0.6, 0.8, 0.609)) == {
         "found by search": "found by search: beats both even cuts by more than the seeds' spread",
         "transferred": "transferred: does not beat both even cuts by more than the seeds' spread",
-        "kept": "kept by the transfer: 5% of the direct search's gain over the better even cut",
+        "kept": "kept by the transfer: 76% of the direct search's accuracy; 5% of its gain over the better even cut",
     }
+    assert split._verdicts(report(0.5, 0.6, 0.608, 0.604))["kept"].endswith(
+        " 99% of the direct search's accuracy; 50% of its gain over the better even cut, which is within the seeds' "
+        "spread"
+    )
+    assert split._verdicts(report(0.5, 0.6, 0.5, 0.6))["kept"].endswith(
+        " 120% of the direct search's accuracy; its gain over the better even cut is none"
+    )
 
 
 def test_help_has_examples(capsys):

@@ -54,19 +54,25 @@ SPLIT_EXAMPLES = """\
 examples:
   bllkern split convnet --blocks 4 --output convnet.json
   bllkern split resnet20 --blocks 4 --data cifar10 --data-dir ~/data --epochs 9 --output r20.json
-  bllkern split resnet20 --blocks 4 --max-time-ratio 1.0 --max-memory-ratio 0.5 --output r20.json
-  bllkern split resnet56 --from r20.json --output r56.json
-  bllkern train --model resnet20 --cuts r20.json
+  bllkern split convnet --blocks 4 --max-time-ratio 1.0 --max-memory-ratio 0.5 --output small.json
+  bllkern split resnet56 --from r20.json --data cifar10 --data-dir ~/data --output r56.json
+  bllkern train --model resnet20 --cuts r20.json --data cifar10 --data-dir ~/data
 
-Chooses by successive halving on a fifth of the training images, which no candidate is trained on; test images are for
-the table at the end only. FILE.journal.json keeps every training: the same command continues a killed search.
---from carries the cuts of a shallower relative over, and compares them with a direct search.
+Chooses among cuts, heads (linear, mlp, conv) and pooled sizes by successive halving: all candidates train briefly, the
+best third of them longer, the last for --epochs. They are scored on a fifth of the training samples, which they are not
+trained on. What is found is then trained on all training samples and tested beside cuts that are even by layers and by
+cost; nothing is chosen by the test. OUTPUT.journal.json, beside --output OUTPUT.json, keeps every training: the same
+command continues a killed search. --from carries the cuts of a shallower relative over, tests them in the same table,
+and says how much they keep of what a direct search gains.
 
 """
 REPRODUCE_EXAMPLES = """\
 examples:
   bllkern reproduce bwbpf --scale cpu --data-dir ~/data --output bench/results
   bllkern reproduce bll --scale gpu --data-dir ~/data --output bench/results
+
+cpu: a small convnet on 10,000 images of CIFAR-10 in place of the papers' networks (bll: also sequence reversal), about
+half an hour on two idle cores. gpu: ResNet-18 and ResNet-50 on all of CIFAR-10, 30 epochs.
 
 Writes DIR/PAPER-SCALE.json, .md and .png. The JSON keeps every training: the same command continues a killed one. What
 is not trained at a scale is in the table as "not measured".
@@ -127,7 +133,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     title = "train under several objectives and compare them"
     _add_compare(_command(commands, "compare", title, COMPARE_EXAMPLES + _choices()))
     title = "search where to cut a network, and the head to learn through"
-    _add_split(_command(commands, "split", title, SPLIT_EXAMPLES))
+    _add_split(_command(commands, "split", title, SPLIT_EXAMPLES + _choices()))
     title = "a paper's table, beside what is measured here"
     _add_reproduce(_command(commands, "reproduce", title, REPRODUCE_EXAMPLES))
     _add_plan(_command(commands, "plan", "predict steps on many devices from blocks measured here", None))
@@ -206,11 +212,11 @@ def _add_split(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", choices=models.MODELS, metavar="MODEL", help=f"one of {', '.join(models.MODELS)}")
     add("--blocks", type=_blocks, metavar="K", help="blocks to cut into, 2 or more")
-    add("--from", dest="source", metavar="FILE", help="what bllkern split found for a relative, to carry over")
-    add("--candidates", type=_non_negative_int, default=24, metavar="N", help="default: 24; 0: transfer only")
-    add("--max-time-ratio", type=_positive_float, metavar="X", help="of a step, to backprop's; default: any")
-    add("--max-memory-ratio", type=_positive_float, metavar="X", help="of a step's peak, to backprop's; default: any")
-    add("--seeds", type=_positive_int, default=3, metavar="N", help="of the final table, from --seed on; default: 3")
+    add("--from", dest="source", metavar="FILE", help="a .json of bllkern split for a relative, to carry over")
+    add("--candidates", type=_non_negative_int, default=24, metavar="N", help="to search among; default: 24; 0: none")
+    add("--max-time-ratio", type=_positive_float, metavar="X", help="largest step time / backprop's; default: any")
+    add("--max-memory-ratio", type=_positive_float, metavar="X", help="largest peak memory of a step / backprop's")
+    add("--seeds", type=_positive_int, default=3, metavar="N", help="of the table, from --seed on; default: 3")
     add("--objective", choices=cuts_file.OBJECTIVES, help="default: that of --from, or bll")
     _add_option(parser, "NAME=VALUE", "an option of the objective, such as family=bernoulli; may be repeated")
     add("--output", default="cuts.json", metavar="FILE", help="default: cuts.json")
@@ -222,7 +228,7 @@ def _add_reproduce(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     names = list(published.PAPERS)
     add("paper", choices=names, metavar="PAPER", help=f"one of {', '.join(names)}")
-    add("--scale", choices=["cpu", "gpu"], required=True, help="how much is trained, on what")
+    add("--scale", choices=["cpu", "gpu"], required=True, help="see below")
     add("--data-dir", metavar="DIR", help="the folder that holds cifar-10-batches-py")
     add("--seeds", type=_positive_int, metavar="N", help="default: those of the scale")
     add("--output", metavar="DIR", default="bllkern-reproduce", help="default: bllkern-reproduce")
@@ -261,7 +267,6 @@ def _bandwidth(text: str) -> float:
 def _add_protocol(parser: argparse.ArgumentParser) -> None:
     """What decides how a network is trained, apart from the objective."""
     add = parser.add_argument
-    add("--preset", choices=sorted(PRESETS), help="defaults as a paper's released code has them, see below")
     add("--validation", type=_positive_int, metavar="N", help="test on N training samples instead of the test data")
     names = ", ".join(models.MODELS)
     add("--model", default="mlp", choices=models.MODELS, metavar="NAME", help=f"{names}; default: mlp")
@@ -273,6 +278,7 @@ def _add_protocol(parser: argparse.ArgumentParser) -> None:
 def _add_training(parser: argparse.ArgumentParser) -> None:
     """What decides how a given network with given cuts is trained."""
     add = parser.add_argument
+    add("--preset", choices=sorted(PRESETS), help="defaults as a paper's released code has them, see below")
     add("--data", default="digits", choices=DATASETS, metavar="NAME", help=f"{', '.join(DATASETS)}; default: digits")
     add("--data-dir", metavar="PATH", help="where the data set is, see below")
     add("--train-size", type=_positive_int, metavar="N", help="training samples; default: all")

@@ -34,7 +34,8 @@ class Journal:
             raise UserError(f"--output: {path} is not a journal of bllkern: {exception!r:.200}") from exception
         for name, value in json.loads(json.dumps(arguments)).items():
             if former.get(name) != value:
-                raise UserError(f"--output: {path} was made with {name}={former.get(name)!r}, not {value!r}")
+                where, old, new = _difference(name, former.get(name), value)
+                raise UserError(f"--output: {path} was made with {where}={old!r}, not {new!r}; choose another --output")
         self.content["results"] = before["results"]
 
     def result(self, key: str, compute: Callable[[], dict]) -> dict:
@@ -48,3 +49,11 @@ class Journal:
     def finish(self, **summary) -> None:
         """Write what follows from the results beside them."""
         write_json(self.path, {**self.content, **summary})
+
+
+def _difference(name: str, old: object, new: object) -> tuple[str, object, object]:
+    """Where two values that are not equal differ first, such as ``name.key`` inside two dicts, and what is there."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return name, old, new
+    key = next(key for key in [*new, *old] if not (key in old and key in new and old[key] == new[key]))
+    return _difference(f"{name}.{key}", old.get(key), new.get(key))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from .journal import Journal
 from .loop import Recipe
 from .markdown import mean_and_spread, percent, table
 from .published import NAMES, PAPERS, SCALES, Paper, Scale
-from .train import device, start
+from .train import device, train_through
 
 UNMEASURED = "not measured"
 
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         _train_all(paper, scale, data, journal, where)
     finally:  # what an interrupted command has measured is in the table too
         rows = _rows(paper, scale, journal.content["results"])
-        text = _markdown(paper, scale, args.scale, where, rows)
+        text = _markdown(args, paper, scale, where, rows)
         journal.finish(table=rows, versions={"bllkern": bllkern.__version__, "torch": torch.__version__})
         write_atomically(output / f"{name}.md", text.encode())
         write_atomically(output / f"{name}.png", _plot(paper, args.scale, rows))
@@ -68,11 +69,17 @@ def _data(scale: Scale, folder: str | None) -> dict[tuple[str, str], Dataset]:
 def _train_all(paper: Paper, scale: Scale, data: dict, journal: Journal, where: torch.device) -> None:
     """Every method on every row with every seed, one seed after the other, but for what the journal has."""
     cells = [(row, method, seed) for row in data for seed in range(scale.seeds) for method in paper.methods]
-    with tqdm(total=len(cells) * scale.recipe["epochs"], disable=None, leave=False, unit="epoch") as bar:
-        for row, method, seed in cells:
-            bar.set_description(", ".join([*row, method, f"seed {seed}"]))
-            train = partial(_train, _recipe(paper, scale, row, method, seed), data[row], where, bar)
-            journal.result(_key(row, method, seed), train)
+    epochs = scale.recipe["epochs"]
+    with tqdm(total=len(cells) * epochs, disable=None, leave=False, unit="epoch") as bar:
+        for count, (row, method, seed) in enumerate(cells, 1):
+            what = ", ".join([*row, method, f"seed {seed}"])
+            bar.set_description(what)
+            train = partial(train_through, _recipe(paper, scale, row, method, seed), data[row], where, bar)
+            result = journal.result(_key(row, method, seed), train)
+            bar.update(count * epochs - bar.n)  # of those that are in the journal, or diverged
+            bar.clear()
+            error = "diverged" if result["accuracy"] is None else f"error {percent(1 - result['accuracy'], None)} %"
+            print(f"{what}: {error}", flush=True)
 
 
 def _recipe(paper: Paper, scale: Scale, row: tuple[str, str], method: str, seed: int) -> Recipe:
@@ -87,14 +94,6 @@ def _key(row: tuple[str, str], method: str, seed: int) -> str:
     return "/".join([*row, method, str(seed)])
 
 
-def _train(recipe: Recipe, data: Dataset, where: torch.device, bar: tqdm) -> dict:
-    training = start(recipe, data, where)
-    for _ in range(recipe.epochs):
-        training.train_epoch(lambda loss: None)
-        bar.update()
-    return training.results()
-
-
 def _rows(paper: Paper, scale: Scale, results: dict[str, dict]) -> list[dict]:
     """A row for each network, of the paper and of the scale: published errors, and measured ones as mean and spread."""
     rows = []
@@ -102,15 +101,17 @@ def _rows(paper: Paper, scale: Scale, results: dict[str, dict]) -> list[dict]:
         measured = {}
         for method in paper.methods:
             keys = [_key(row, method, seed) for seed in range(scale.seeds)]
-            errors = [1 - results[key]["accuracy"] for key in keys if key in results]
+            accuracies = [results[key]["accuracy"] for key in keys if key in results]
+            errors = [1 - accuracy for accuracy in accuracies if accuracy is not None]
             mean, spread = mean_and_spread(errors) if errors else (None, None)
-            measured[method] = {"seeds": len(errors), "error_mean": mean, "error_std": spread}
+            counts = {"seeds": len(errors), "diverged": len(accuracies) - len(errors)}
+            measured[method] = {**counts, "error_mean": mean, "error_std": spread}
         published = dict(zip(paper.columns, paper.published.get(row, [None] * len(paper.columns))))
         rows.append({"data": row[0], "network": row[1], "published": published, "measured": measured})
     return rows
 
 
-def _markdown(paper: Paper, scale: Scale, name: str, where: torch.device, rows: list[dict]) -> str:
+def _markdown(args: argparse.Namespace, paper: Paper, scale: Scale, where: torch.device, rows: list[dict]) -> str:
     head = ["", *(f"{column} (published)" for column in paper.columns), *paper.methods]
     lines = []
     for row in rows:
@@ -119,13 +120,14 @@ def _markdown(paper: Paper, scale: Scale, name: str, where: torch.device, rows: 
         lines.append([f"{NAMES[row['data']]}, {row['network']}", *published, *measured])
     recipe = scale.recipe
     sizes = ["all" if recipe[size] is None else f"{recipe[size]:,}" for size in ("train_size", "test_size")]
+    seeds = "one seed" if scale.seeds == 1 else f"mean and standard deviation over {scale.seeds} seeds"
     measured = (
-        f"Measured: {sizes[0]} training and {sizes[1]} test images, {recipe['epochs']} epochs, batches of "
-        f"{recipe['batch_size']}, {_optimizer(recipe)}; mean and standard deviation over "
-        f"{scale.seeds} seeds; torch {torch.__version__} on {where.type}. {scale.note}"
+        f"Measured: {sizes[0]} training and {sizes[1]} test samples, {recipe['epochs']} epochs, batches of "
+        f"{recipe['batch_size']}, {_optimizer(recipe)}; {seeds}; torch {torch.__version__} on {where.type}. {scale.note}"
     )
-    title = f"# {paper.title} at the scale `{name}`"
-    intro = "Test error in %. A dash: no published figure at hand."
+    title = f"# {paper.title} at the scale `{args.scale}`"
+    command = f"bllkern reproduce {args.paper} --scale {args.scale} --seeds {scale.seeds} --data-dir DIR"
+    intro = f"`{command}`: test error in %. A dash: no published figure at hand."
     return "\n\n".join([title, intro, table(head, lines), measured.rstrip(), paper.note]) + "\n"
 
 
@@ -136,9 +138,10 @@ def _optimizer(recipe: dict) -> str:
 
 
 def _cell(measured: dict, seeds: int) -> str:
-    if measured["error_mean"] is None:
-        return UNMEASURED
-    partly = "" if measured["seeds"] == seeds else f" ({measured['seeds']} of {seeds} seeds)"
+    done, diverged = measured["seeds"], measured["diverged"]
+    if not done:
+        return "diverged" if diverged else UNMEASURED
+    partly = "" if done == seeds else f" ({done} of {seeds} seeds{f', {diverged} diverged' if diverged else ''})"
     return percent(measured["error_mean"], measured["error_std"]) + partly
 
 
@@ -151,13 +154,14 @@ def _plot(paper: Paper, name: str, rows: list[dict]) -> bytes:
 
     figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.42 * len(rows)), layout="constrained")
     labels = [f"{NAMES[row['data']]}, {row['network']}" for row in rows]
-    for series, (method, colour) in enumerate(zip([*paper.columns, *paper.methods], pyplot.cm.tab10.colors)):
+    methods = [*paper.columns, *paper.methods]
+    for series, (method, colour) in enumerate(zip(methods, pyplot.cm.tab10.colors)):
         points = [_point(row, method) for row in rows]
-        places = [(i, *point) for i, point in enumerate(points) if point is not None]
+        places = [(i + 0.6 * series / len(methods) - 0.3, *p) for i, p in enumerate(points) if p is not None]
         style = {"color": colour, "fillstyle": "none" if series < len(paper.columns) else "full"}
         label = method + (" (published)" if series < len(paper.columns) else "")
         y, x, spread = zip(*places) if places else ((), (), ())
-        axes.errorbar(x, y, xerr=spread, fmt="o", capsize=3, label=label, **style)
+        axes.errorbar(x, y, xerr=spread, fmt="o", markersize=5, capsize=2, label=label, **style)
     axes.set(yticks=range(len(rows)), yticklabels=labels, xlabel="test error (%)", title=f"{paper.title}, {name} scale")
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
@@ -169,9 +173,10 @@ def _plot(paper: Paper, name: str, rows: list[dict]) -> bytes:
 
 
 def _point(row: dict, method: str) -> tuple[float, float] | None:
-    """Error and spread in percent, if there is one."""
+    """Error and spread in percent, if there is one; a spread that is not known is not a number, and not drawn."""
     if method in row["published"]:
-        error, spread = row["published"][method], 0.0
-        return None if error is None else (error, spread)
-    cell = row["measured"][method]
-    return None if cell["error_mean"] is None else (100 * cell["error_mean"], 100 * (cell["error_std"] or 0.0))
+        error, spread = row["published"][method], None
+    else:
+        error, spread = (row["measured"][method][key] for key in ("error_mean", "error_std"))
+        error, spread = (value and 100 * value for value in (error, spread))
+    return None if error is None else (error, math.nan if spread is None else spread)

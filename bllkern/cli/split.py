@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import statistics
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from .errors import UserError, user_errors
 from .journal import Journal
 from .loop import Recipe, build
 from .markdown import mean_and_spread, percent, table
-from .train import device, load_data, recipe_of, start
+from .train import device, load_data, recipe_of, train_through
 
 VALIDATION_SHARE = 5  # one training image in so many is held out to choose by
 BY_LAYERS, BY_COST, COST_FOUND = "even by layers", "even by cost", "even by cost, found head"
@@ -47,11 +48,11 @@ def run(args: argparse.Namespace) -> int:
     if shallow is not None:
         source = build(dataclasses.replace(recipe, model=shallow.model), data)
         rows[TRANSFERRED] = _transferred(shallow, source, net, example)
-    trainer = Trainer(args, recipe, data)
     with tqdm(total=_epochs(args, len(candidates), len(rows)), disable=None, leave=False, unit="epoch") as bar:
-        trainer.bar = bar
+        trainer = Trainer(args, recipe, data, bar)
         if candidates:
-            first = list(dict.fromkeys([*rows.values(), *candidates]))[: len(candidates)]
+            direct = [rows[BY_LAYERS], rows[BY_COST], *candidates]  # what is transferred is not searched
+            first = list(dict.fromkeys(direct))[: len(candidates)]
             with user_errors("--max-time-ratio, --max-memory-ratio"):
                 rows[FOUND] = search.halving(first, args.epochs, trainer.score)
             other = dataclasses.replace(rows[FOUND], cuts=rows[BY_COST].cuts)
@@ -120,9 +121,9 @@ def _transferred(shallow: CutsFile, source: nn.Module, net: nn.Module, example: 
 
 
 def _epochs(args: argparse.Namespace, candidates: int, rows: int) -> int:
-    """Epochs to train for, all in all."""
+    """Epochs to train for, all in all, at most; one of backprop for its cost."""
     searched = sum(count * epochs for count, epochs in search.rungs(candidates, args.epochs)) if candidates else 0
-    return searched + args.seeds * args.epochs * (rows + 2 * bool(candidates))
+    return 1 + searched + args.seeds * args.epochs * (rows + 2 * bool(candidates))
 
 
 class Trainer:
@@ -132,8 +133,8 @@ class Trainer:
     final table only.
     """
 
-    def __init__(self, args: argparse.Namespace, recipe: Recipe, data: Dataset):
-        self.recipe, self.args, self.where, self.bar = recipe, args, device(args), None
+    def __init__(self, args: argparse.Namespace, recipe: Recipe, data: Dataset, bar: tqdm):
+        self.recipe, self.args, self.where, self.bar, self.epochs = recipe, args, device(args), bar, 0
         self.parts = {"validation": held_out(data), "test": data}
         sizes = {"train_size": len(data.train_x), "test_size": len(data.test_x)}
         fixed = {k: v for k, v in vars(recipe).items() if k not in ("cuts", "epochs", "seed")}
@@ -149,7 +150,7 @@ class Trainer:
             return None
         limits = {"step_seconds": self.args.max_time_ratio, "peak_bytes": self.args.max_memory_ratio}
         for cost, limit in limits.items():
-            if limit is not None and result[cost] > limit * self._backprop()[cost]:
+            if limit is not None and result[cost] > limit * self.backprop[cost]:
                 return None
         return result["accuracy"]
 
@@ -161,7 +162,7 @@ class Trainer:
             raise FloatingPointError(f"the training of {candidate} has diverged")
         mean, std = mean_and_spread([run["accuracy"] for run in runs])
         ratios = {
-            f"{cost}_ratio": statistics.median(run[cost] for run in runs) / self._backprop()[cost]
+            f"{cost}_ratio": statistics.median(run[cost] for run in runs) / self.backprop[cost]
             for cost in ("step_seconds", "peak_bytes")
         }
         return {**dataclasses.asdict(candidate), "accuracy_mean": mean, "accuracy_std": std, **ratios, "runs": runs}
@@ -170,24 +171,30 @@ class Trainer:
         options = {**self.recipe.options, "head": candidate.head, "pool": candidate.pool}
         return dataclasses.replace(self.recipe, cuts=list(candidate.cuts), options=options, epochs=epochs, seed=seed)
 
-    def _backprop(self) -> dict:
+    @cached_property
+    def backprop(self) -> dict:
+        """What an epoch of backprop costs."""
         recipe = dataclasses.replace(self.recipe, objective="backprop", options={}, schedule=None, epochs=1)
         return self._result("validation", recipe)
 
     def _result(self, part: str, recipe: Recipe) -> dict:
         chosen = [part, recipe.objective, recipe.options, recipe.cuts, recipe.epochs, recipe.seed]
-        return self.journal.result(json.dumps(chosen), lambda: self._train(self.parts[part], recipe))
+        train = partial(train_through, recipe, self.parts[part], self.where, self.bar)
+        result = self.journal.result(json.dumps(chosen), train)
+        self.epochs += recipe.epochs
+        self.bar.update(self.epochs - self.bar.n)  # of those that are in the journal, or diverged
+        self.bar.clear()
+        print(_line(part, recipe, result), flush=True)
+        return result
 
-    def _train(self, data: Dataset, recipe: Recipe) -> dict:
-        self.bar.set_description(f"{', '.join(recipe.cuts) if isinstance(recipe.cuts, list) else recipe.objective}")
-        training = start(recipe, data, self.where)
-        try:
-            for _ in range(recipe.epochs):
-                training.train_epoch(lambda loss: None)
-                self.bar.update()
-        except FloatingPointError as exception:
-            return {"accuracy": None, "diverged": str(exception)}
-        return training.results()
+
+def _line(part: str, recipe: Recipe, result: dict) -> str:
+    """Such as ``validation  38.33 %  2 epochs  seed 0  layer1.1, layer2.0; mlp, pool 1``."""
+    accuracy = "diverged" if result["accuracy"] is None else f"{percent(result['accuracy'], None)} %"
+    what = recipe.objective
+    if isinstance(recipe.cuts, list):
+        what = f"{', '.join(recipe.cuts)}; {recipe.options['head']}, pool {recipe.options['pool']}"
+    return f"{part:10} {accuracy:>8}  epochs {recipe.epochs}  seed {recipe.seed}  {what}"
 
 
 def held_out(data: Dataset) -> Dataset:
@@ -208,27 +215,36 @@ def kept(report: dict[str, dict]) -> float | None:
 
 def _verdicts(report: dict[str, dict]) -> dict[str, str]:
     """What the table shows, in words."""
-    said = {name: _against_even(name, report) for name in (FOUND, TRANSFERRED) if name in report}
+    better = {name: _better_than_even(name, report) for name in (FOUND, TRANSFERRED) if name in report}
+    words = {
+        None: "no spread to compare with, with one seed",
+        True: "beats both even cuts by more than the seeds' spread",
+        False: "does not beat both even cuts by more than the seeds' spread",
+    }
+    said = {name: f"{name}: {words[better[name]]}" for name in better}
     if len(said) == 2:
+        accuracy = report[TRANSFERRED]["accuracy_mean"] / report[FOUND]["accuracy_mean"]
+        gain = "its gain over the better even cut"
         share = kept(report)
-        said["kept"] = (
-            "kept by the transfer: not defined, as the direct search gains nothing over the better even cut"
-            if share is None
-            else f"kept by the transfer: {share:.0%} of the direct search's gain over the better even cut"
-        )
+        words = f"{gain} is none" if share is None else f"{share:.0%} of {gain}"
+        if share is not None and better[FOUND] is False:
+            words += ", which is within the seeds' spread"
+        said["kept"] = f"kept by the transfer: {accuracy:.0%} of the direct search's accuracy; {words}"
     return said
 
 
-def _against_even(name: str, report: dict[str, dict]) -> str:
-    """Whether the row ``name`` is better than both even cuts by more than the larger standard deviation of the two."""
+def _better_than_even(name: str, report: dict[str, dict]) -> bool | None:
+    """Whether the row ``name`` is better than both even cuts by more than the larger standard deviation of the two.
+
+    ``None`` where there is no standard deviation.
+    """
     better = []
     for even in (BY_LAYERS, BY_COST):
         spreads = [report[row]["accuracy_std"] for row in (name, even)]
         if None in spreads:
-            return f"{name}: no spread to compare with, with one seed"
+            return None
         better.append(report[name]["accuracy_mean"] - report[even]["accuracy_mean"] > max(spreads))
-    words = "beats both even cuts" if all(better) else "does not beat both even cuts"
-    return f"{name}: {words} by more than the seeds' spread"
+    return all(better)
 
 
 def _table(report: dict[str, dict]) -> str:

@@ -75,6 +75,18 @@ def start(recipe: Recipe, data: Dataset, device: torch.device) -> Training:
         return Training(recipe, data.to(device), device)
 
 
+def train_through(recipe: Recipe, data: Dataset, device: torch.device, bar: tqdm) -> dict:
+    """Results of a training from start to end; ``accuracy`` is ``None`` where it diverges.  ``bar`` counts epochs."""
+    training = start(recipe, data, device)
+    try:
+        for _ in range(recipe.epochs):
+            training.train_epoch(lambda loss: None)
+            bar.update()
+    except FloatingPointError as exception:
+        return {"accuracy": None, "diverged": str(exception)}
+    return training.results()
+
+
 def device(args: argparse.Namespace) -> torch.device:
     """The device asked for, or a GPU where there is one; also sets the number of CPU threads."""
     if args.threads is not None:
