@@ -35,13 +35,11 @@ def hand_written(blocks, heads, objective, optimizer, data):
         optimizer.zero_grad()
         for block, (weight, bias, *hidden) in zip(blocks[:-1], heads, strict=True):
             x = block(x.detach())
-            rows = F.adaptive_avg_pool2d(x, min(4, x.shape[2])).flatten(1) if x.dim() == 4 else x
-            for layer in hidden:  # images are smaller than what the head averages them to
-                z = F.conv2d(x, layer, padding=1) if layer.dim() == 4 else F.linear(rows, layer)
-                z = torch.relu(F.batch_norm(z, None, None, training=True))
-                rows = F.adaptive_avg_pool2d(z, min(4, z.shape[2])).flatten(1) if z.dim() == 4 else z
-            loss = F.cross_entropy(rows @ weight.T + bias, y, label_smoothing=0.1)
-            if objective != "bwbpf":
+            seen = [F.adaptive_avg_pool2d(x, min(4, x.shape[2])).flatten(1) if x.dim() == 4 else x]
+            for layer in hidden:
+                seen.append(torch.relu(F.batch_norm(F.linear(seen[0], layer), None, None, training=True)))
+            loss = F.cross_entropy(seen[-1] @ weight.T + bias, y, label_smoothing=0.1)
+            for rows in seen if objective != "bwbpf" else ():
                 unit = F.normalize(rows - rows.mean(1, keepdim=True), dim=1)
                 loss = loss + 4 * ((unit @ unit.T - (y[:, None] == y).double()) ** 2).mean()
             loss.backward()

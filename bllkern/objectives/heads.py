@@ -17,7 +17,8 @@ CHANNELS = 64  # of conv; 32 cost 1.7 points of CIFAR-10 accuracy, see bench/res
 
 
 class Head(nn.Module):
-    """Reads an activation as hidden features [N, H], which the terms see instead of its pooled rows [N, D].
+    """Reads an activation as hidden features [N, H], which the terms see instead of its pooled rows [N, D]; similarity
+    sees both.
 
     ``mlp``: a linear layer of ``WIDTH`` units on these rows.  ``conv``: the activation [B, C, *spatial], averaged to at
     most twice ``pool`` places a side, goes through a convolution of three places a side to ``CHANNELS`` channels, and
