@@ -38,9 +38,7 @@ def from_log_partitions(name, a, b):
 @pytest.mark.parametrize("name", NAMES)
 def test_is_minus_log_of_the_overlap(backend, name):
     a, b = (parameters(name, 5, 6, dtype=torch.float32) for _ in range(2))
-    assert_matches_float64(
-        lambda a, b: agreement(a, b, name, "none"), lambda a, b: overlap(name, a, b), a, b
-    )
+    assert_matches_float64(lambda a, b: agreement(a, b, name, "none"), lambda a, b: overlap(name, a, b), a, b)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -50,9 +50,7 @@ def test_decorrelation_is_mean_squared_cosine_of_different_rows(backend, rows, w
 @pytest.mark.parametrize("kind", ["indices", "rows"])
 def test_float64_is_exact(kind):
     x, target = torch.randn(9, 7, dtype=torch.float64), targets(kind, 9)
-    assert_matches_float64(
-        lambda x: similarity_matching(x, target), lambda x: matched(x, target), x, tolerance=1e-12
-    )
+    assert_matches_float64(lambda x: similarity_matching(x, target), lambda x: matched(x, target), x, tolerance=1e-12)
     assert_matches_float64(decorrelation, off_diagonal, x, tolerance=1e-12)
 
 

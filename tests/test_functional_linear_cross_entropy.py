@@ -99,9 +99,7 @@ def test_channels_last_features(backend):
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_ignored_rows_do_not_count(backend, reduction, ignore_index, label_smoothing):
     target = torch.tensor([0, ignore_index, 3, ignore_index, 1, 4, ignore_index])
-    assert_is_head(
-        inputs(), target, reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing
-    )
+    assert_is_head(inputs(), target, reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -158,9 +158,10 @@ def test_similarity_that_is_nearly_reached_keeps_its_digits():
     target = torch.arange(200) % 4
     x = F.one_hot(target, 9) + 0.01 * torch.randn(200, 9)
     x[target == 3, 8] += 1
-    (loss, gradient), truth = value_and_gradients(
-        lambda x: BF.similarity_matching(x, target), x
-    ), expected_similarity(x, target)
+    (loss, gradient), truth = (
+        value_and_gradients(lambda x: BF.similarity_matching(x, target), x),
+        expected_similarity(x, target),
+    )
     assert relative_l2(loss, truth[0]) <= 1e-5 and relative_l2(gradient, truth[1]) <= 1e-5
 
 

@@ -265,7 +265,9 @@ def _check_visits(net: nn.Module, order: list[Boundary]) -> None:
             raise ValueError(f"offload: {boundary.label} has an objective that does not isolate: {boundary.options}")
         feedback = getattr(boundary.objective, "feedback", None)
         if feedback is not None and feedback.reads_above:
-            raise ValueError(f"offload: feedback={feedback.kind!r} reads weights of all blocks above; use 'direct' or 'fixed'")
+            raise ValueError(
+                f"offload: feedback={feedback.kind!r} reads weights of all blocks above; use 'direct' or 'fixed'"
+            )
     for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
         if tensor.device.type != "cpu":
             raise ValueError(f"offload: the network must be on the CPU, but {name!r} is on {tensor.device}")
