@@ -230,6 +230,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("isas") = supported_isas();
     m.def("isa", [] { return kIsaNames[static_cast<int>(current_isa())]; });
     m.def("set_isa", &set_isa_by_name);
+    m.def("keep_freed_memory", &keep_freed_memory);
     m.def("prefer_huge_pages", [](int64_t p, int64_t bytes) { prefer_huge_pages(reinterpret_cast<void*>(p), bytes); });
 
     m.def("agreement", with_agreement_job([](const AgreementJob& job) {

@@ -41,7 +41,8 @@ def results(function, x, *modules):
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("batch", [1, 2, 7])
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
-def test_is_the_convolution_of_what_is_normalised(options, batch, layout):
+def test_is_the_convolution_of_what_is_normalised(monkeypatch, options, batch, layout):
+    monkeypatch.setattr(convolutional, "PIECE_BYTES", 3 * 4 * 256 * 4)  # three images
     conv, norm = nn.Conv2d(4, 4, **options), nn.BatchNorm2d(4)
     x = 3 * torch.randn(batch, 4, 16, 16) + torch.arange(4.0)[:, None, None]
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
@@ -53,15 +54,18 @@ def test_is_the_convolution_of_what_is_normalised(options, batch, layout):
     assert all(one.is_contiguous(memory_format=layout) for one in ours[:2])
 
 
-@pytest.mark.parametrize("width, calls", [(4, 8), (64, 2)])
-def test_in_pieces_that_are_larger_than_the_weight(monkeypatch, width, calls):
+@pytest.mark.parametrize("images, pieces", [(1, 8), (3, 3), (20, 1)])
+def test_in_pieces(monkeypatch, images, pieces):
+    x = torch.randn(8, 4, 8, 8)
+    monkeypatch.setattr(convolutional, "PIECE_BYTES", images * x[0].nbytes)
     recorded = record_calls(monkeypatch, torch.ops.aten, "convolution_backward")
-    taken(nn.Conv2d(4, width, 5), nn.BatchNorm2d(4), torch.randn(8, 4, 8, 8)).sum().backward()
-    assert len(recorded) == calls  # for each the gradient of what was normalised, then the parameters'
+    taken(nn.Conv2d(4, 4, 5), nn.BatchNorm2d(4), x).sum().backward()
+    assert len(recorded) == 2 * pieces  # for each the gradient of what was normalised, then the parameters'
 
 
 @pytest.mark.parametrize("width, repeated", [(8, False), (64, True)])
-def test_what_is_cheap_to_repeat_is_not_kept(width, repeated):
+def test_what_is_cheap_to_repeat_is_not_kept(monkeypatch, width, repeated):
+    monkeypatch.setattr(convolutional, "LARGE_BYTES", 1)
     unit, kept = models.BasicBlock(width, width, 1, None), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         epilogue.run(unit, torch.randn(2, width, 16, 16))
@@ -89,12 +93,15 @@ def test_frozen_weights_and_inputs():
     ],
     ids=["padding mode", "padding", "float64", "few products"],
 )
-def test_others_keep_it(conv, dtype):
+def test_others_keep_it(monkeypatch, conv, dtype):
+    monkeypatch.setattr(convolutional, "LARGE_BYTES", 1)
     assert not convolutional.cheap_to_repeat(conv, torch.randn(8, conv.in_channels, 8, 8, dtype=dtype))
 
 
-def test_under_autocast_too():
+def test_small_ones_and_those_under_autocast_too(monkeypatch):
     x = torch.randn(8, 4, 8, 8)
+    assert not convolutional.cheap_to_repeat(nn.Conv2d(4, 64, 3), x)
+    monkeypatch.setattr(convolutional, "LARGE_BYTES", x.nbytes)
     assert convolutional.cheap_to_repeat(nn.Conv2d(4, 64, 3), x)
     with torch.autocast("cpu", torch.bfloat16):
         assert not convolutional.cheap_to_repeat(nn.Conv2d(4, 64, 3), x)

@@ -44,6 +44,12 @@ def _in_huge_pages(result: Tensor) -> Tensor:
     return result
 
 
+def keep_freed_memory() -> None:
+    """Let the process keep freed memory for its next allocations; see csrc/memory.h."""
+    if _C is not None:
+        _C.keep_freed_memory()
+
+
 def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 

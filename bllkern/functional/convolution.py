@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ..backends import run
 from ._checks import once_differentiable
 
-PIECES = 4  # of a batch of which one at a time is normalised again, where each is larger than the weight
+LARGE_BYTES = 1 << 20  # of what is normalised, from which on it counts in the peak of memory
+PIECE_BYTES = 2 << 20  # of it that is made again at a time, or as much as the weight, whose gradient is added up
 PRODUCTS = 512  # for each value read, from which on making the value again costs little beside the convolution
 
 
@@ -33,8 +34,8 @@ class _NormalizedConvolution(torch.autograd.Function):
         settings = (ctx.biases, stride, padding, dilation, False, (0, 0), groups)
         wanted = ctx.needs_input_grad[4:6]
         by_z, sums = torch.empty_like(x) if through_norm else None, [None, None]
-        images = -(-len(x) // PIECES) if x.nbytes > PIECES * weight.nbytes else len(x)
-        for places in (slice(start, start + images) for start in range(0, len(x), max(images, 1))):
+        images = max(max(PIECE_BYTES, weight.nbytes) * len(x) // x.nbytes, 1)
+        for places in (slice(start, start + images) for start in range(0, len(x), images)):
             z = F.batch_norm(x[places], mean, variance, norm_weight, norm_bias, False, 0.0, ctx.eps).relu_()
             given = (by_out[places], z, weight, *settings)
             if through_norm:  # one gradient after the other: each needs a copy of a weight
@@ -57,7 +58,7 @@ def cheap_to_repeat(conv: nn.Conv2d, x: Tensor) -> bool:
     plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and x.device.type == "cpu"
     if not plain or not x.dtype == conv.weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
-    return conv.weight[:, 0].numel() >= PRODUCTS
+    return x.nbytes >= LARGE_BYTES and conv.weight[:, 0].numel() >= PRODUCTS
 
 
 def normalized_convolution(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
