@@ -37,6 +37,11 @@ def attached(net: nn.Module) -> bool:
     return _enter in net._forward_pre_hooks.values()
 
 
+def as_trained(net: nn.Module, x: Tensor) -> Tensor:
+    """``x``, which comes into the midst of ``net``, as it would be there in one pass."""
+    return channels_last(x) if attached(net) and net.training and torch.is_grad_enabled() else x
+
+
 def detach(net: nn.Module) -> None:
     """Let ``net`` and every module in it run on tensors as they come."""
     for module in net.modules():
