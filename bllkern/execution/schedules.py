@@ -25,8 +25,9 @@ def eager(boundary: Boundary, z: Tensor, loss: Tensor) -> None:
     if not loss.requires_grad:
         return
     discover(boundary, z, boundary.step.owners)
+    scaler = boundary.step.scaler
     try:
-        loss.backward()
+        (loss if scaler is None else scaler.scale(loss)).backward()
     except RuntimeError as error:
         if "modified by an inplace operation" in str(error):
             raise RuntimeError(
@@ -65,7 +66,7 @@ def check_unchanged(boundary: Boundary) -> None:
 
 
 def immediate(boundary: Boundary, z: Tensor, loss: Tensor) -> None:
-    """Backpropagate, step the block's own optimizer and free its gradients."""
+    """Backpropagate, step the block's own optimizer and free its gradients; while accumulating, only the first."""
     if boundary.optimizer is None and boundary.optimizer_factory is None:
         raise RuntimeError(
             f"{boundary.label} has schedule='immediate' but no optimizer: call "
@@ -73,8 +74,9 @@ def immediate(boundary: Boundary, z: Tensor, loss: Tensor) -> None:
         )
     eager(boundary, z, loss)
     boundary.make_optimizers()
-    for optimizer in boundary.optimizers():
-        optimizer.step()
+    step = boundary.step
+    for optimizer in boundary.optimizers() if not step.accumulate else ():
+        optimizer.step() if step.scaler is None else step.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
 
 

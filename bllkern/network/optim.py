@@ -75,6 +75,11 @@ class BlockOptimizers:
     def __len__(self):
         return len(list(iter(self)))
 
+    @property
+    def param_groups(self) -> list[dict]:
+        """Those of every optimizer: what ``unscale_`` and ``step`` of a ``torch.amp.GradScaler`` read."""
+        return [group for optimizer in self._all() for group in optimizer.param_groups]
+
     def _all(self) -> list[torch.optim.Optimizer]:
         if not self._build():
             raise RuntimeError("the blocks are not known yet: pass example= to convert, or run a training step first")
