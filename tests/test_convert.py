@@ -130,7 +130,7 @@ def test_a_skip_across_a_boundary_is_named(schedule, example):
 
 
 def test_a_skip_that_appears_later_is_named():
-    net = bllkern.convert(Skip(1), ["body", "top"], 5)
+    net = bllkern.convert(Skip(2), ["body", "top"], 5)
     with bllkern.targets(torch.tensor([0, 1, 2, 3])):
         net(torch.randn(4, 8))
         with pytest.raises(RuntimeError, match="block 'top' reads a tensor computed before the previous boundary"):

@@ -9,11 +9,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+
+from .ownership import discover
 
 if TYPE_CHECKING:
     from ..blocks import Boundary
@@ -112,40 +112,3 @@ def _refuse_data_parallel(boundary: Boundary) -> None:
             f"{boundary.label} takes its gradient inside the forward pass, which DistributedDataParallel around "
             "the whole network does not reduce: use schedule='deferred', or wrap each block in DDP instead"
         )
-
-
-def discover(boundary: Boundary, z: Tensor, owners: dict[int, Boundary]) -> None:
-    """Note, once, which parameters were used since the previous boundary: the leaves of the activation's graph.
-
-    ``owners`` has the boundary of every parameter that this step has met.  Raises ``RuntimeError`` for one that an
-    earlier block has: a local loss would move that block too.
-    """
-    if boundary.block_parameters is not None:
-        return
-    own = {id(p) for p in boundary.parameters()}  # the message that was there before the activation may be in its graph
-    found = [p for p in leaves([z.grad_fn]).values() if id(p) not in own]
-    for parameter in found if boundary.options.isolate else ():
-        owner = owners.setdefault(id(parameter), boundary)
-        if owner is not boundary:
-            raise RuntimeError(
-                f"{boundary.label} also reaches a parameter {list(parameter.shape)} of {owner.label}: a tensor from "
-                "before the previous boundary skips it, or both use one module. Cut where all paths meet"
-            )
-    boundary.block_parameters = found
-
-
-def leaves(nodes: Iterable[Node | None], without: Node | None = None) -> dict[int, nn.Parameter]:
-    """The leaf tensors that the graph of ``nodes`` ends in, by identity, in a reproducible order.
-
-    ``without``: a node beyond which not to look.
-    """
-    found, seen, stack = {}, {without}, list(nodes)
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found[id(node.variable)] = node.variable
-        stack.extend(function for function, _ in reversed(node.next_functions))
-    return found

@@ -10,6 +10,8 @@ from types import NoneType
 import torch
 from torch import Tensor
 
+from . import batch_norm
+
 KINDS = ("classes", "probabilities", "real")
 
 
@@ -76,6 +78,9 @@ def targets(
     token = _current.set(Targets(y, kind, ignore_index, scale, scaler, accumulate))
     try:
         yield
+    except ValueError as error:
+        batch_norm.name_it(error)
+        raise
     finally:
         _current.reset(token)
 
