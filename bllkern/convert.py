@@ -169,7 +169,9 @@ def _check_names(net: nn.Module, names: list[str]) -> None:
     known = {name for names_of_module in paths.values() for name in names_of_module} - {""}
     for name in names:
         if not isinstance(name, str) or name not in known:
-            near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.3)
+            near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.3) or [
+                name for name, _ in net.named_children()
+            ]
             raise ValueError(f"cuts: the network has no module {name!r}; the nearest names are {near}")
         if names.count(name) > 1:
             raise ValueError(f"cuts: {name!r} stands more than once")

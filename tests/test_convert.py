@@ -81,6 +81,7 @@ def test_local_losses_have_the_names_of_the_cuts():
     "names, message",
     [
         (["layer7"], r"no module 'layer7'; the nearest names are \['layer"),
+        (["xyz"], r"no module 'xyz'; the nearest names are \['conv1', "),
         (["layer1", "layer1"], "'layer1' stands more than once"),
         (["layer1", ""], "no module ''"),
         ([3], "no module 3"),

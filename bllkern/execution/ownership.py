@@ -13,10 +13,14 @@ if TYPE_CHECKING:
     from ..blocks import Boundary
 
 
+class CrossedBoundary(RuntimeError):
+    """A parameter or a tensor belongs to two blocks: the cuts are elsewhere than where all paths meet."""
+
+
 def discover(boundary: Boundary, z: Tensor, owners: dict[int, Boundary]) -> None:
     """Note, once, which parameters were used since the previous boundary: the leaves of the activation's graph.
 
-    ``owners`` has the boundary of every parameter that this step has met.  Raises ``RuntimeError`` for one that an
+    ``owners`` has the boundary of every parameter that this step has met.  Raises :class:`CrossedBoundary` for one that an
     earlier block has: a local loss would move that block too.
     """
     if boundary.block_parameters is not None:
@@ -27,7 +31,7 @@ def discover(boundary: Boundary, z: Tensor, owners: dict[int, Boundary]) -> None
         owner = owners.setdefault(id(parameter), boundary)
         if owner is not boundary:
             _forget(owners)
-            raise RuntimeError(
+            raise CrossedBoundary(
                 f"{boundary.label} also reaches a parameter {list(parameter.shape)} of {owner.label}: a tensor from "
                 "before the previous boundary skips it, or both use one module. Cut where all paths meet"
             )
@@ -35,7 +39,7 @@ def discover(boundary: Boundary, z: Tensor, owners: dict[int, Boundary]) -> None
 
 
 def check_output(net: nn.Module, output, owners: dict[int, Boundary]) -> None:
-    """Raise ``RuntimeError`` if ``output`` depends on a parameter that a block has: two losses would move it.
+    """Raise :class:`CrossedBoundary` if ``output`` depends on a parameter that a block has: two losses would move it.
 
     ``owners`` has the boundary of every parameter that this step has met.
     """
@@ -46,7 +50,7 @@ def check_output(net: nn.Module, output, owners: dict[int, Boundary]) -> None:
             how = f"the parameter is tied to {names[1]!r}" if len(names) > 1 else "a tensor skips the boundaries"
             label = owners[identity].label
             _forget(owners)
-            raise RuntimeError(
+            raise CrossedBoundary(
                 f"the output of the network also reaches {names[0]!r} of {label}: {how}, or both use one module. "
                 "Untie it, or cut where all paths meet"
             )
