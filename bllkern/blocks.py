@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from . import objectives
-from .execution import epilogue, noise, schedules, sizing, streams
+from .execution import epilogue, noise, ownership, schedules, sizing, streams
 from .execution.offload import Offload
 from .execution.targets import current
 from .objectives.terms import LocalLoss, total
@@ -84,7 +84,7 @@ class Boundary(nn.Module):
             return self._hand_on(z)
         target = current()
         if not self.options.local:
-            schedules.discover(self, z, target.owners)
+            ownership.discover(self, z, target.owners)
             return self.objective(z, block, args, target)
         ready = streams.arrive(self, args, kwargs or {})
         with torch.autocast(z.device.type, enabled=False):

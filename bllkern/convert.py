@@ -60,8 +60,8 @@ def convert(
 
     Raises: ``ValueError`` for a cut that does not exist (with the nearest names), stands twice, or lies in a module
     that the network uses in several places; for too many blocks; for another ``balance``; for a malformed file, naming
-    file and field.  ``FileNotFoundError`` for a file that is not there.  ``RuntimeError`` (with an example, else in the
-    first step) where a parameter or a tensor belongs to two blocks: a skip connection across a cut, tied parameters.
+    file and field.  ``FileNotFoundError`` for a file that is not there.  ``RuntimeError`` (with an example, else before
+    the first step) where a parameter or a tensor belongs to two blocks: a skip connection across a cut, tied parameters.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
@@ -88,6 +88,8 @@ def convert(
     fused = _residual_units(net, names) if options.isolate and options.local else []
     converted = _replace(net, dict.fromkeys(fused, _attach) | dict.fromkeys(names, end_block))
     _chain(converted)
+    if any(boundary.objective is not None for boundary in boundaries(converted).values()):
+        guard.attach(converted).sized = example is not None
     streams.attach(converted)
     if isinstance(options, objectives.DirectFeedbackAlignment):
         watch_output(converted)
@@ -96,8 +98,6 @@ def convert(
         layout.size(converted, inputs)
     if offload is not None:
         offloading.Offload(converted, inputs)
-    if names:
-        guard.Guard(checked=example is not None).register(converted)
     return converted
 
 
@@ -150,19 +150,11 @@ def _detach(path: str, module: nn.Module) -> nn.Module:
 
 
 def _chain(net: nn.Module) -> None:
-    """Let every chained feedback read the one of the next boundary, and size them all at the first call if need be."""
+    """Let every chained feedback read the one of the next boundary."""
     learning = [b.objective for b in boundaries(net).values() if getattr(b.objective, "feedback", None) is not None]
     chained = [objective for objective in learning if objective.feedback.reads_above]
     for objective, above in zip_longest(chained, chained[1:]):
         objective.feedback.chain(above and above.feedback)
-    if chained:
-
-        def size_first(module, args, kwargs):
-            handle.remove()
-            if not sizing.active() and not all(o.sized for o in chained):
-                sizing.size(module, *args, **kwargs)
-
-        handle = net.register_forward_pre_hook(size_first, with_kwargs=True)
 
 
 def _denoise(net: nn.Module) -> None:
@@ -180,7 +172,9 @@ def _check_names(net: nn.Module, names: list[str]) -> None:
     known = {name for names_of_module in paths.values() for name in names_of_module} - {""}
     for name in names:
         if not isinstance(name, str) or name not in known:
-            near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.3)
+            near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.3) or [
+                name for name, _ in net.named_children()
+            ]
             raise ValueError(f"cuts: the network has no module {name!r}; the nearest names are {near}")
         if names.count(name) > 1:
             raise ValueError(f"cuts: {name!r} stands more than once")

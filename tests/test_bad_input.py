@@ -44,32 +44,92 @@ class SkipToTheOutput(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem, self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+        self.norm = nn.BatchNorm1d(8)
 
     def forward(self, x):
         stem = torch.tanh(self.stem(x))
         return self.head(self.body(stem) + stem)
 
 
+class SkipToTheNextBlock(SkipToTheOutput):
+    """The stem's output is read again in the second block."""
+
+    def forward(self, x):
+        stem = torch.tanh(self.stem(x))
+        return self.head(self.norm(self.body(stem) * stem))
+
+
+class TiedBlocks(SkipToTheOutput):
+    """The second block has the weight of the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.body.weight = self.stem.weight
+
+    def forward(self, x):
+        return self.head(self.body(self.norm(self.stem(x))))
+
+
+class Plain(SkipToTheOutput):
+    def forward(self, x):
+        return self.head(self.body(self.norm(self.stem(x))))
+
+
+def by_hand(net, cuts, schedule):
+    for cut in cuts:
+        setattr(net, cut, bllkern.BlockLocal(getattr(net, cut), 5, "bwbpf", schedule))
+    return net
+
+
+def converted(net, cuts, schedule):
+    return bllkern.convert(net, cuts, 5, "bwbpf", schedule)
+
+
+def compiled(net, cuts, schedule):
+    return torch.compile(converted(net, cuts, schedule), backend="eager")
+
+
+def half(params):
+    return sgd(params[: len(params) // 2])
+
+
+SINGLE = "batch norm 'norm' needs more than one value per channel in training: give it a batch of at least 2"
+WRONG = {
+    "tied": (
+        Tied,
+        ["body"],
+        "output of the network also reaches 'first.* of block 'body': .* is tied to 'head.weight'",
+    ),
+    "skip to the output": (SkipToTheOutput, ["body"], "also reaches 'stem.* of block 'body': a tensor skips the bound"),
+    "skip": (SkipToTheNextBlock, ["body", "norm"], r"block 'norm' also reaches a parameter \[8\] of block 'body'"),
+    "tied blocks": (TiedBlocks, ["stem", "body"], r"block 'body' also reaches a parameter \[8, 8\] of block 'stem'"),
+    "optimizer": (Plain, ["stem", "body"], "that of block 'stem' misses 2 of 4, the first of shape"),
+    "one sample": (Plain, ["stem", "body"], SINGLE),
+}
+
+
 @pytest.mark.parametrize("schedule", ["eager", "deferred", "immediate"])
-@pytest.mark.parametrize("example", [None, X])
-@pytest.mark.parametrize(
-    "build, message",
-    [
-        (
-            Tied,
-            "the output of the network also reaches 'first.* of block 'body': the parameter is tied to 'head.weight'",
-        ),
-        (
-            SkipToTheOutput,
-            "the output of the network also reaches 'stem.* of block 'body': a tensor skips the boundaries",
-        ),
-    ],
-)
-def test_what_belongs_to_a_block_and_to_the_output(build, message, example, schedule):
+@pytest.mark.parametrize("door", [converted, by_hand, compiled])
+@pytest.mark.parametrize("what", WRONG)
+def test_a_first_step_that_is_refused_changes_nothing(what, door, schedule):
+    build, cuts, message = WRONG[what]
+    plain = build()
+    tensors = [*plain.parameters(), *plain.buffers()]
+    before = [tensor.clone() for tensor in tensors]
+    net = door(plain, cuts, schedule)
+    optimizers = bllkern.optimizers(getattr(net, "_orig_mod", net), half if what == "optimizer" else sgd)
+    count = 1 if what == "one sample" else len(X)
+    for _ in range(2):
+        with pytest.raises(ValueError if what in ("optimizer", "one sample") else RuntimeError, match=message):
+            step(net, X[:count], Y[:count])
+            optimizers.step()
+    assert all(map(torch.equal, tensors, before)) and all(p.grad is None for p in plain.parameters())
+
+
+@pytest.mark.parametrize("build, cuts, message", [WRONG[what] for what in ("tied", "skip to the output", "skip")])
+def test_an_example_shows_it_at_once(build, cuts, message):
     with pytest.raises(RuntimeError, match=message):
-        net = bllkern.convert(build(), ["body"], 5, schedule=schedule, example=example)
-        bllkern.optimizers(net, sgd)
-        step(net)
+        bllkern.convert(build(), cuts, 5, example=X)
 
 
 def test_tied_layers_inside_one_block_are_fine():

@@ -284,6 +284,7 @@ def test_writes_are_atomic(tmp_path, monkeypatch):
     [
         (["--objective", "nope"], ["--objective", "'nope'", "bwbpf"]),
         (["--model", "nope"], ["--model", "'nope'", "convnet"]),
+        (["--model", "resnet20", "--cuts", "layer1.0.conv1"], ["block 'layer1.0.conv1'", "cut where all paths meet"]),
         (["--data", "nope"], ["--data", "'nope'", "digits"]),
         (["--nope"], ["--nope"]),
         (["--option", "nope=1"], ["'nope'", "bll", "evidence"]),

@@ -81,6 +81,7 @@ def test_local_losses_have_the_names_of_the_cuts():
     "names, message",
     [
         (["layer7"], r"no module 'layer7'; the nearest names are \['layer"),
+        (["xyz"], r"no module 'xyz'; the nearest names are \['conv1', "),
         (["layer1", "layer1"], "'layer1' stands more than once"),
         (["layer1", ""], "no module ''"),
         ([3], "no module 3"),
@@ -130,7 +131,7 @@ def test_a_skip_across_a_boundary_is_named(schedule, example):
 
 
 def test_a_skip_that_appears_later_is_named():
-    net = bllkern.convert(Skip(1), ["body", "top"], 5)
+    net = bllkern.convert(Skip(2), ["body", "top"], 5)
     with bllkern.targets(torch.tensor([0, 1, 2, 3])):
         net(torch.randn(4, 8))
         with pytest.raises(RuntimeError, match="block 'top' reads a tensor computed before the previous boundary"):

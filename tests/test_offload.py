@@ -273,3 +273,13 @@ def test_gpu_trains_a_network_above_the_cap():
         step(net, optimizers, x, y)
         assert torch.cuda.max_memory_allocated() - before < cap
     assert all(p.device.type == "cpu" for p in net.parameters())
+
+
+def test_gradients_cannot_wait_on_the_device():
+    net, optimizers, x, y = build()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match="accumulate must be False with offload='cpu', which keeps no gradients"):
+        with bllkern.targets(y, accumulate=True):
+            net(x)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    step(net, optimizers, x, y)

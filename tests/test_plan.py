@@ -170,3 +170,4 @@ def test_the_command_writes_a_table_and_a_plot(tmp_path, capsys):
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert all(method in printed for method in METHODS)
     assert main(["plan", "--bandwidth", "fast"]) == 2
+    assert "must be a positive number, or one followed by k, M or G, got 'fast'" in capsys.readouterr().err

@@ -9,19 +9,15 @@ import nets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 20
-EVERY_TERM_ON = ("mlp", "resnet", "gpt")
 OBJECTIVES = {
     "bll": "bll",
     "bll with every term": nets.EVERY_TERM,
     "bwbpf": "bwbpf",
     "predsim": "predsim",
+    "drtp": "drtp",
+    "target_propagation": "target_propagation",
 }
-PAIRS = [
-    (model, objective)
-    for model in nets.NAMES
-    for objective in OBJECTIVES
-    if objective != "bll with every term" or model in EVERY_TERM_ON
-]
+PAIRS = [(model, objective) for model in nets.NAMES for objective in OBJECTIVES]
 
 
 def sgd(params):
@@ -59,8 +55,8 @@ def weights(model, objective, schedule, factory, parts=1, clip=None, after=lambd
     follow = after(net, optimizers)
     for x, y in batches(model):
         optimizers.zero_grad()
-        for xs, ys in zip(x.chunk(parts), y.chunk(parts), strict=True):
-            with bllkern.targets(ys, scale=1 / parts):
+        for part, (xs, ys) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True), 1):
+            with bllkern.targets(ys, scale=1 / parts, accumulate=part < parts):
                 loss = nets.cross_entropy(net(xs), ys) / parts
             if schedule == "deferred":
                 loss = loss + bllkern.local_loss(net)
@@ -86,8 +82,8 @@ def test_accumulation_and_global_clipping(model, objective):
 
 
 @pytest.mark.parametrize("model, objective", PAIRS)
-def test_clipping_per_block(model, objective):
-    results = [weights(model, objective, schedule, clipped_sgd) for schedule in ("deferred", "immediate")]
+def test_accumulation_and_clipping_per_block(model, objective):
+    results = [weights(model, objective, schedule, clipped_sgd, 2) for schedule in ("deferred", "immediate")]
     assert_same(*results)
 
 

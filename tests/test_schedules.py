@@ -198,23 +198,51 @@ def test_a_whole_network_compiles(schedule):
         torch.testing.assert_close(p, q)
 
 
-def test_fp16_gradient_scaling_with_deferred():
+def train_scaled(schedule, init_scale, steps):
+    """The network after steps in float16, how its loss went, and the scaler."""
+    torch.manual_seed(0)
     net, cuts, x, y = nets.build("mlp")
-    converted = bllkern.convert(net, cuts, nets.CLASSES, schedule="deferred", example=x)
-    optimizer = torch.optim.SGD(converted.parameters(), lr=LR)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    converted = bllkern.convert(net, cuts, nets.CLASSES, schedule=schedule, example=x)
+    optimizers = bllkern.optimizers(converted, sgd)
+    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
     losses = []
-    for _ in range(30):
-        optimizer.zero_grad()
-        with bllkern.targets(y), torch.autocast("cpu", torch.float16):
+    for _ in range(steps):
+        optimizers.zero_grad()
+        with bllkern.targets(y, scaler=scaler), torch.autocast("cpu", torch.float16):
             output = converted(x)
             assert output.dtype == torch.float16
-            loss = F.cross_entropy(output.float(), y) + bllkern.local_loss(converted)
+        losses.append(F.cross_entropy(output.float(), y))
+        loss = losses[-1] + bllkern.local_loss(converted) if schedule == "deferred" else losses[-1]
         scaler.scale(loss).backward()
-        scaler.step(optimizer)
+        scaler.unscale_(optimizers)
+        nn.utils.clip_grad_norm_(optimizers.param_groups[-1]["params"], 1.0)
+        scaler.step(optimizers)
         scaler.update()
-        losses.append(loss.item())
+    return converted, losses, scaler
+
+
+@pytest.mark.parametrize("schedule", ["eager", "immediate"])
+def test_fp16_gradient_scaling(schedule):
+    deferred, losses, scaler = train_scaled("deferred", 2.0**10, 30)
     assert losses[-1] < 0.8 * losses[0] and scaler.get_scale() == 2.0**10
+    other, _, scaler = train_scaled(schedule, 2.0**10, 30)
+    assert scaler.get_scale() == 2.0**10
+    for p, q in zip(other.parameters(), deferred.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("schedule", ["eager", "deferred", "immediate"])
+def test_fp16_gradients_that_overflow_are_skipped(schedule):
+    net, _, scaler = train_scaled(schedule, 2.0**60, 1)
+    assert scaler.get_scale() == 2.0**59
+    for p, q in zip(net.parameters(), train_scaled(schedule, 1.0, 0)[0].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_scaler_of_another_kind():
+    with pytest.raises(TypeError, match="scaler must be a torch.amp.GradScaler, got float"):
+        with bllkern.targets(torch.zeros(2, dtype=torch.int64), scaler=2.0**16):
+            pass
 
 
 def test_immediate_needs_optimizers():

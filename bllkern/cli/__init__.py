@@ -261,7 +261,8 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 def _bandwidth(text: str) -> float:
     scale = {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:])
-    return _positive_float(text if scale is None else text[:-1]) * (scale or 1)
+    number = text if scale is None else text[:-1]
+    return _number(number, float, 0, True, "a positive number, or one followed by k, M or G") * (scale or 1)
 
 
 def _add_protocol(parser: argparse.ArgumentParser) -> None:

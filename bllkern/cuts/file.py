@@ -53,6 +53,8 @@ def read(path: str | os.PathLike) -> CutsFile:
     """
     try:
         content = json.loads(Path(path).read_bytes())
+    except OSError as exception:
+        raise type(exception)(f"cuts: {path}: {exception.strerror}") from exception
     except ValueError as exception:  # not JSON, or not even text
         raise ValueError(f"cuts: {path} is not a JSON file: {exception}") from exception
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:

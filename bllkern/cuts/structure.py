@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..blocks import first_tensor
-from ..execution.schedules import leaves
+from ..execution.ownership import leaves
 from ..execution.sizing import as_in_eval
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList)

@@ -1,77 +1,74 @@
-"""What only the whole network can notice: an output that reaches into a block, batch norm without a batch."""
+"""What a network is looked at for before a training step changes anything."""
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from . import targets
-from .schedules import leaves
-
-if TYPE_CHECKING:
-    from ..blocks import Boundary
-
-_BATCH_NORM = nn.modules.batchnorm._BatchNorm
-
-
-def check_output(net: nn.Module, output, owners: dict[int, Boundary]) -> None:
-    """Raise ``RuntimeError`` if ``output`` depends on a parameter that a block has: two losses would move it.
-
-    ``owners`` has the boundary of every parameter that this step has met.
-    """
-    sinks = [x.grad_fn for x in tree_leaves(output) if isinstance(x, Tensor)]
-    for identity in leaves(sinks):
-        if identity in owners:
-            names = [name for name, p in net.named_parameters(remove_duplicate=False) if id(p) == identity]
-            how = f"the parameter is tied to {names[1]!r}" if len(names) > 1 else "a tensor skips the boundaries"
-            raise RuntimeError(
-                f"the output of the network also reaches {names[0]!r} of {owners[identity].label}: {how}, or both use "
-                "one module. Untie it, or cut where all paths meet"
-            )
+from . import batch_norm, sizing, targets
+from .ownership import check_output
 
 
 class Guard:
-    """Forward hook of a converted network: the check of its first output, and the name of a batch norm that fails."""
+    """Forward pre-hook of a block-local network.
 
-    def __init__(self, checked: bool):
-        self.checked = checked
+    Before the first training step, a pass that learns nothing gives heads and feedback their size, unless an example
+    has, and shows which block has which parameter: a parameter or tensor of two blocks, or an optimizer that misses one
+    (``optimizers`` makes them), is an error then.  Before a step on a single sample, batch norms are looked at.
+    """
 
-    def register(self, net: nn.Module) -> None:
-        net.register_forward_hook(self, always_call=True)
+    def __init__(self):
+        self.sized = False
+        self.refuses = True
+        self.optimizers: Callable[[], object] | None = None
+        self.seen: set[tuple] = set()  # shapes of single samples that every batch norm could normalise
 
-    def __call__(self, net: nn.Module, args: tuple, output) -> None:
-        if torch.compiler.is_compiling():
+    def __call__(self, net: nn.Module, args: tuple, kwargs: dict) -> None:
+        single = any(isinstance(x, Tensor) and x.dim() > 0 and len(x) == 1 for x in (*args, *kwargs.values()))
+        if single or not self.sized:
+            self._look(net, args, kwargs, single)
+
+    @torch.compiler.disable
+    def _look(self, net: nn.Module, args: tuple, kwargs: dict, single: bool) -> None:
+        if not (net.training and torch.is_grad_enabled()) or targets.given() is None or sizing.active():
             return
-        if output is None:  # the network raised; what a hook raises now would be lost
-            _name_batch_norm(net, sys.exc_info()[1])
-        elif not self.checked and net.training and torch.is_grad_enabled() and targets.given():
-            self.checked = True
-            check_output(net, output, targets.given().owners)
+        shapes = tuple(x.shape for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        if single and shapes not in self.seen:
+            batch_norm.check(net, args, kwargs)
+            self.seen.add(shapes)
+        if not self.sized:
+            output, owners = sizing.run(net, net.forward, args, kwargs)  # its hooks have seen these
+            if self.refuses:
+                check_output(net, output, owners)
+            if self.optimizers is not None:
+                self.optimizers()
+            self.sized = True
+
+
+def attach(net: nn.Module) -> Guard:
+    """The guard of ``net``, which gets one where it has none: after the user's hooks, before those of streams."""
+    found = _guards(net)
+    if not found:
+        found = [Guard()]
+        net.register_forward_pre_hook(found[0], with_kwargs=True)
+    return found[0]
+
+
+def _guards(net: nn.Module) -> list[Guard]:
+    return [hook for hook in net._forward_pre_hooks.values() if isinstance(hook, Guard)]
+
+
+def observe(net: nn.Module) -> None:
+    """Let the guard of ``net`` refuse nothing that is to be observed."""
+    for found in _guards(net):
+        found.refuses = False
 
 
 def remove(net: nn.Module) -> None:
     """Take the guard off ``net``."""
-    for key, hook in list(net._forward_hooks.items()):
+    for key, hook in list(net._forward_pre_hooks.items()):
         if isinstance(hook, Guard):
-            del net._forward_hooks[key]
-            net._forward_hooks_always_called.pop(key, None)
-
-
-def _name_batch_norm(net: nn.Module, error: BaseException | None) -> None:
-    if not isinstance(error, ValueError) or "more than 1 value per channel" not in str(error):
-        return
-    names = {id(module): name for name, module in net.named_modules()}
-    frame = error.__traceback__
-    while frame is not None:
-        module = frame.tb_frame.f_locals.get("self")
-        if isinstance(module, _BATCH_NORM) and id(module) in names:
-            error.args = (
-                f"batch norm {names[id(module)]!r} needs more than one value per channel in training: give it a batch "
-                f"of at least 2 samples (a last, smaller batch can be dropped), or call its eval(). {error}",
-            )
-            return
-        frame = frame.tb_next
+            del net._forward_pre_hooks[key]
+            net._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import sizing, streams
+from . import sizing, streams, targets
 
 if TYPE_CHECKING:
     from ..blocks import Boundary
@@ -97,6 +97,9 @@ class Offload:
         """Bring the first two blocks to the device of the inputs."""
         if sizing.active():
             return
+        step = targets.given()
+        if step is not None and step.accumulate:
+            raise ValueError("accumulate must be False with offload='cpu', which keeps no gradients of a block")
         self._take_back_all()
         self.device = next((x.device for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)), self.device)
         self.training = net.training and torch.is_grad_enabled()

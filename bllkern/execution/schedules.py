@@ -9,11 +9,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+
+from .ownership import discover
 
 if TYPE_CHECKING:
     from ..blocks import Boundary
@@ -25,8 +25,9 @@ def eager(boundary: Boundary, z: Tensor, loss: Tensor) -> None:
     if not loss.requires_grad:
         return
     discover(boundary, z, boundary.step.owners)
+    scaler = boundary.step.scaler
     try:
-        loss.backward()
+        (loss if scaler is None else scaler.scale(loss)).backward()
     except RuntimeError as error:
         if "modified by an inplace operation" in str(error):
             raise RuntimeError(
@@ -65,7 +66,7 @@ def check_unchanged(boundary: Boundary) -> None:
 
 
 def immediate(boundary: Boundary, z: Tensor, loss: Tensor) -> None:
-    """Backpropagate, step the block's own optimizer and free its gradients."""
+    """Backpropagate, step the block's own optimizer and free its gradients; while accumulating, only the first."""
     if boundary.optimizer is None and boundary.optimizer_factory is None:
         raise RuntimeError(
             f"{boundary.label} has schedule='immediate' but no optimizer: call "
@@ -73,11 +74,10 @@ def immediate(boundary: Boundary, z: Tensor, loss: Tensor) -> None:
         )
     eager(boundary, z, loss)
     boundary.make_optimizers()
-    for optimizer in boundary.optimizers():
-        optimizer.step()
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
+    step = boundary.step
+    for optimizer in boundary.optimizers() if not step.accumulate else ():
+        optimizer.step() if step.scaler is None else step.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
 
 
 SCHEDULES = {"eager": eager, "deferred": deferred, "immediate": immediate}
@@ -112,40 +112,3 @@ def _refuse_data_parallel(boundary: Boundary) -> None:
             f"{boundary.label} takes its gradient inside the forward pass, which DistributedDataParallel around "
             "the whole network does not reduce: use schedule='deferred', or wrap each block in DDP instead"
         )
-
-
-def discover(boundary: Boundary, z: Tensor, owners: dict[int, Boundary]) -> None:
-    """Note, once, which parameters were used since the previous boundary: the leaves of the activation's graph.
-
-    ``owners`` has the boundary of every parameter that this step has met.  Raises ``RuntimeError`` for one that an
-    earlier block has: a local loss would move that block too.
-    """
-    if boundary.block_parameters is not None:
-        return
-    own = {id(p) for p in boundary.parameters()}  # the message that was there before the activation may be in its graph
-    found = [p for p in leaves([z.grad_fn]).values() if id(p) not in own]
-    for parameter in found if boundary.options.isolate else ():
-        owner = owners.setdefault(id(parameter), boundary)
-        if owner is not boundary:
-            raise RuntimeError(
-                f"{boundary.label} also reaches a parameter {list(parameter.shape)} of {owner.label}: a tensor from "
-                "before the previous boundary skips it, or both use one module. Cut where all paths meet"
-            )
-    boundary.block_parameters = found
-
-
-def leaves(nodes: Iterable[Node | None], without: Node | None = None) -> dict[int, nn.Parameter]:
-    """The leaf tensors that the graph of ``nodes`` ends in, by identity, in a reproducible order.
-
-    ``without``: a node beyond which not to look.
-    """
-    found, seen, stack = {}, {without}, list(nodes)
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found[id(node.variable)] = node.variable
-        stack.extend(function for function, _ in reversed(node.next_functions))
-    return found

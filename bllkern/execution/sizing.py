@@ -1,7 +1,8 @@
-"""Giving heads and feedback their size before training, from one example input."""
+"""Giving heads and feedback their size before training, from one input that teaches nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -10,8 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .guard import check_output
-from .schedules import discover
+from .ownership import check_output, discover
 
 if TYPE_CHECKING:
     from ..blocks import Boundary
@@ -35,7 +35,9 @@ def active() -> bool:
 def visit(boundary: Boundary, z: Tensor) -> Tensor:
     """What a boundary does while sizes are found: remember the activation, learn which parameters its block has."""
     run = _running.get()
-    run.visits.append((boundary, z.detach()))
+    if all(boundary is not one for one, _ in run.visits):
+        boundary.block_parameters = None  # what it knows, it may have found without the network around it
+    run.visits.append((boundary, z.detach().new_zeros(()).expand(z.shape)))  # all that is needed, without the memory
     discover(boundary, z, run.owners)
     return z.detach() if boundary.options.isolate else z
 
@@ -53,17 +55,23 @@ def as_in_eval(net: nn.Module):
 
 
 def size(net: nn.Module, *args, **kwargs) -> None:
-    """Run ``net(*args, **kwargs)`` once without learning and size every boundary that the data meets, last one first.
+    """:func:`run` for these arguments.  Raises ``RuntimeError`` if the output reaches into a block."""
+    check_output(net, *run(net, net, args, kwargs))
 
-    Last first, because a chained feedback network reads the messages of the boundary above.
+
+def run(net: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> tuple[object, dict[int, Boundary]]:
+    """Run ``forward`` of ``net`` once without learning and size every boundary that the data meets, last one first.
+
+    Last first, because a chained feedback network reads the messages of the boundary above.  Returns the output, and
+    the boundary of every parameter, by identity.
     """
-    run = _Pass()
-    token = _running.set(run)
+    found = _Pass()
+    token = _running.set(found)
     try:
         with as_in_eval(net), torch.enable_grad():
-            output = net(*args, **kwargs)
-        check_output(net, output, run.owners)
-        for boundary, z in reversed(run.visits):
+            output = forward(*args, **kwargs)
+        for boundary, z in reversed(found.visits):
             boundary.objective.initialize(z)
     finally:
         _running.reset(token)
+    return output, found.owners

@@ -7,9 +7,9 @@ and for nothing else.  The chain of feedback messages, which needs no activation
 returns, the caller's stream waits for all of them: outside of it nobody meets another stream.
 
 Memory: torch's allocator gives what was freed to its stream again, in the order of that stream.  What another stream
-reads too is named to it (``record_stream``): the activation, the messages, and the arguments of the module at a
-boundary, which may come from any block before.  A tensor that one block makes and a later one reads in other ways must
-live until the network returns.  Nothing is allocated on the caller's stream until then.
+reads too is named to it (``record_stream``): the activation and the arguments of the module at a boundary, which may
+come from any block before.  A tensor that one block makes and a later one reads in other ways must live until the
+network returns.  Nothing is allocated on the caller's stream until then.
 
 On a CPU the same code runs with :class:`NoStreams`, and what blocks free stays with the process, as it stays with torch's
 allocator on a GPU: blocks free their activations one after the other, and glibc would give them back to the system and
@@ -169,8 +169,7 @@ class Pass:
         if stream not in self.informed:
             self.streams.wait(stream, self.messages_ready)
             self.informed.add(stream)
-        self.streams.keep(message, stream)
-        return message
+        return message  # its memory is given away in the next pass at the earliest, which waits for this one
 
     @torch.no_grad()
     def _launch_messages(self, feedback: Feedback) -> None:

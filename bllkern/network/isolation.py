@@ -27,7 +27,7 @@ def assert_isolated(net: nn.Module, x: Tensor | tuple, y: Tensor) -> None:
     if not boundaries(net):
         raise ValueError("net has no block-local boundary: use bllkern.convert or block-local layers first")
     net = copy.deepcopy(net).train()
-    guard.remove(net)  # what it would refuse is to be observed
+    guard.observe(net)  # what it would refuse is to be observed
     moved = _moves(net, x if isinstance(x, tuple) else (x,), y)
     names = {id(p): name for name, p in net.named_parameters()}
     owners: dict[int, str] = {}

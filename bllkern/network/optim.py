@@ -9,6 +9,7 @@ from itertools import chain
 import torch
 from torch import nn
 
+from ..execution import guard
 from .losses import boundaries
 
 Factory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -39,24 +40,24 @@ class BlockOptimizers:
 
     def __init__(self, net: nn.Module, factory: Factory, feedback: Factory | None = None):
         self._net, self._factory = net, factory
-        self._boundaries = [b for b in boundaries(net).values() if b.objective is not None]
+        self.boundaries = [b for b in boundaries(net).values() if b.objective is not None]
         self._output: torch.optim.Optimizer | None = None
         self._complete = False
-        self._offload = next((b.offload for b in self._boundaries if b.offload is not None), None)
+        self._offload = next((b.offload for b in self.boundaries if b.offload is not None), None)
         if self._offload is not None and feedback is not None:
             raise ValueError("feedback must be None for a network with offload: one optimizer travels with each block")
-        for boundary in self._boundaries:
+        for boundary in self.boundaries:
             boundary.optimizer, boundary.optimizer_factory = None, partial(_made, factory, boundary.label)
             boundary.feedback_optimizer = None
             boundary.feedback_factory = None if feedback is None else partial(_made, feedback, boundary.label)
-        self._build()
+        self.build()
 
-    def _build(self) -> bool:
+    def build(self) -> bool:
         """Make the optimizers that can be made; whether all of them exist."""
         if self._complete:
             return True
         taken: set[int] = set()
-        for boundary in self._boundaries:
+        for boundary in self.boundaries:
             if boundary.block_parameters is None:
                 return False
             boundary.make_optimizers(taken)
@@ -70,14 +71,19 @@ class BlockOptimizers:
         return True
 
     def __iter__(self) -> Iterable[torch.optim.Optimizer]:
-        found = [optimizer for boundary in self._boundaries for optimizer in boundary.optimizers()]
+        found = [optimizer for boundary in self.boundaries for optimizer in boundary.optimizers()]
         return iter(found if self._output is None else [*found, self._output])
 
     def __len__(self):
         return len(list(iter(self)))
 
+    @property
+    def param_groups(self) -> list[dict]:
+        """Those of every optimizer: what ``unscale_`` and ``step`` of a ``torch.amp.GradScaler`` read."""
+        return [group for optimizer in self._all() for group in optimizer.param_groups]
+
     def _all(self) -> list[torch.optim.Optimizer]:
-        if not self._build():
+        if not self.build():
             raise RuntimeError("the blocks are not known yet: pass example= to convert, or run a training step first")
         return list(self)
 
@@ -93,7 +99,7 @@ class BlockOptimizers:
         With ``offload`` the output block goes back to the CPU then, without its gradients.
         """
         self._all()
-        for boundary in self._boundaries:
+        for boundary in self.boundaries:
             for optimizer in boundary.optimizers() if boundary.schedule != "immediate" else ():
                 optimizer.step()
         if self._output is not None:
@@ -131,8 +137,13 @@ def optimizers(net: nn.Module, factory: Factory, feedback: Factory | None = None
     With schedule ``"immediate"`` each block's optimizer steps inside the forward pass, and ``step()`` of what is
     returned steps the output block; with the others it steps all blocks.
 
-    Raises ``ValueError`` if ``net`` has no boundary, or for an optimizer that misses parameters of its block.
+    Raises ``ValueError`` if ``net`` has no boundary, or for an optimizer that misses parameters of its block: at once
+    where the blocks are known, else before the first step, as does ``RuntimeError`` for what :func:`bllkern.convert`
+    refuses, in networks of block-local layers too.
     """
     if not boundaries(net):
         raise ValueError("net has no block-local boundary: use bllkern.convert or block-local layers first")
-    return BlockOptimizers(net, factory, feedback)
+    made = BlockOptimizers(net, factory, feedback)
+    if made.boundaries:
+        guard.attach(net).optimizers = made.build
+    return made

@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ..blocks import Boundary, first_tensor
+from ..execution import guard, noise, sizing
 from ..execution import layout as memory_layout
-from ..execution import noise, sizing
 from ..feedback import Feedback
 from ..network import boundaries
 from .messages import MessageError
@@ -142,6 +142,7 @@ class Part:
                 self.own.append(name)
             memo[id(tensor)] = tensor if any(own) else _shape_only(tensor)
         self.net = copy.deepcopy(net, memo)
+        guard.remove(self.net)
         self.noise = self.boundary(first - 1).noise if first else 0.0
         if first:
             noise.detach(self.net)  # it is added to what is received
