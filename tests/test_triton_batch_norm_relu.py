@@ -125,6 +125,13 @@ def test_statistics_far_from_zero(layout):
     assert relative_error(got[2], mean) <= 2e-7 and relative_error(got[3], variance) <= 2e-6
 
 
+def test_no_gradient_arrives(layout):
+    x, weight, bias = arguments((2, 3, 4, 4), layout)
+    kept = *torch.ones(2, 3), *torch.ones(2, 2, 3, 4, 4)
+    given = (x, weight, bias, *kept, None, None, None, 1e-5, 1, False, True, True)
+    assert not any(t.any() for t in triton_worker.run("batch_norm_relu_gradient", *given))
+
+
 def test_empty_batch(layout):
     x, weight, bias = arguments((0, 3, 4, 4), layout)
     got = triton_worker.run("batch_norm_relu", x, weight, bias, None, 1e-5, 1, False, 4)

@@ -373,15 +373,16 @@ def batch_norm_relu_gradient(
     layout, (images, channels, height, width) = memory_format(x), x.shape
     x, z, by_z = _in(layout, x, z, by_z)
     by_x, by_shortcut = (torch.empty_like(x) if wanted else None for wanted in (grad_x, grad_shortcut))
-    by_weight, by_bias = (x.new_zeros(channels, dtype=torch.float32) for _ in range(2))
-    if x.numel() == 0:
-        return by_x, by_shortcut, by_weight, by_bias
+    if x.numel() == 0 or by_z is None and by_features is None:
+        zeros = [x.new_zeros(channels, dtype=torch.float32) for _ in range(2)]
+        return *(t if t is None else t.zero_() for t in (by_x, by_shortcut)), *zeros
     last, sides = layout == torch.channels_last, pooled_shape(x, max_pool, ceil_mode, 1)[0][2:]
     sizes = (channels, height, width, *sides)
     arguments = (x, *_float(weight, bias, mean, variance), eps)
+    found = []  # by bias and by weight
     if by_features is not None:
         by_features, active, along = _float(by_features, active, along)
-        by_weight, by_bias = ((by_features * kept).sum((0, 2, 3)) for kept in (along, active))
+        found.append([(by_features * kept).sum((0, 2, 3)) for kept in (active, along)])
     (z, by_z, by_features, *gradients), given = _filled(x, z, by_z, by_features, by_x, by_shortcut)
     with on_device_of(x):
         if given[1]:
@@ -390,7 +391,8 @@ def batch_norm_relu_gradient(
             sums = x.new_empty(2, images * parts, channels, dtype=torch.float32)
             settings = (length, max_pool, given[0], last)
             launch(_sums, images * parts, channels, tiles, *arguments, z, by_z, *sums, *sizes, *settings)
-            by_bias, by_weight = by_bias + sums[0].sum(0), by_weight + sums[1].sum(0)
+            found.append([each.sum(0) for each in sums])
+        by_bias, by_weight = found[0] if len(found) == 1 else map(torch.add, *found)
         if grad_x or grad_shortcut:
             windows = triton.cdiv(height, max_pool) * triton.cdiv(width, max_pool)
             tiles = tile(windows, channels, last)
