@@ -130,7 +130,7 @@ def test_batch_norm_relu(window, last, dtype, architecture):
     if window == 1:
         types = {"x_ptr": f"*{dtype}"} | dict.fromkeys(("means_ptr", "squares_ptr"), "*fp32")
         types |= dict.fromkeys(("places", "length"), "i32")
-        compiled.append(check("_images", "_statistics", types, tile, architecture, WARPS))
+        compiled.append(check("_images", "_statistics", types, tile, architecture, 4 if last else WARPS))
     if last:
         assert not any(re.search(r"(ld|st)\.global[.\w:]*\.b16", ptx) for ptx in compiled)
 
@@ -139,7 +139,7 @@ def test_batch_norm_relu(window, last, dtype, architecture):
 def test_statistics_of_pieces(dtype, architecture):
     names = ("means_ptr", "squares_ptr", "mean_ptr", "variance_ptr")
     types = dict.fromkeys(names, "*fp32") | dict.fromkeys(("pieces", "channels", "length", "values"), "i32")
-    check("_images", "_combined", types, {"ROWS": 256, "COLS": 16}, architecture, WARPS)
+    check("_images", "_combined", types, {"ROWS": 512, "COLS": 8}, architecture, WARPS)
 
 
 @VARIANTS

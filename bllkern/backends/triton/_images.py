@@ -27,14 +27,17 @@ def tile(places: int, channels: int, last: bool) -> tuple[int, int]:
 
 
 def pieces(length: int, rows: int, tiles: int) -> tuple[int, int]:
-    """How many pieces, and of what length, a multiple of ``rows``, so that with as many ``tiles`` they fill a GPU."""
-    piece = rows * triton.cdiv(length, rows * splits(tiles, length, rows))
+    """How many pieces, and of what length, a multiple of ``rows``, so that with as many ``tiles`` they fill a GPU; several
+    times, so that it is not the last few that take long, where that leaves each at least 8 times ``rows``."""
+    count = max(splits(tiles, length, rows), min(4096 // tiles, length // (8 * rows)))
+    piece = rows * triton.cdiv(length, rows * count)
     return triton.cdiv(length, piece), piece
 
 
-def launch(kernel, parts: int, channels: int, shape: tuple[int, int], *arguments):
-    """``kernel`` for so many parts of images, each in as many tiles of channels as it takes."""
-    warps = max(1, min(WARPS, shape[0] * shape[1] * WARPS // TILE))
+def launch(kernel, parts: int, channels: int, shape: tuple[int, int], *arguments, each: int = TILE // WARPS // 32):
+    """``kernel`` for so many parts of images, each in as many tiles of channels as it takes; a thread has ``each``
+    elements of a tile."""
+    warps = max(1, min(WARPS, shape[0] * shape[1] // (32 * each)))
     kernel[(parts * triton.cdiv(channels, shape[1]),)](*arguments, *shape, num_warps=warps)
 
 
@@ -154,9 +157,10 @@ def statistics(x, last: bool):
     shape = tile(places, channels, last)
     parts, length = pieces(places, shape[0], triton.cdiv(channels, shape[1])) if last else (1, places)
     means, squares = (x.new_empty(images * parts, channels, dtype=torch.float32) for _ in range(2))
-    launch(_statistics, images * parts, channels, shape, x, means, squares, places, channels, length, last)
+    each = 16 if last else 8  # twice 16 bytes are on their way to a thread that does little else
+    launch(_statistics, images * parts, channels, shape, x, means, squares, places, channels, length, last, each=each)
     mean, variance = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
-    shape = min(triton.next_power_of_2(images * parts), 256), min(triton.next_power_of_2(channels), 16)
+    shape = min(triton.next_power_of_2(images * parts), 512), min(triton.next_power_of_2(channels), 8)
     found = (means, squares, mean, variance, images * parts, channels, length, images * places)
     launch(_combined, 1, channels, shape, *found)
     return mean, variance
