@@ -55,6 +55,17 @@ class Checkpointed(nn.Module):
         return checkpoint(self.layers, x, use_reentrant=False)
 
 
+class ChannelsLast(nn.Module):
+    """``net`` as torch advises to train it: weights and images channels-last."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net.to(memory_format=torch.channels_last)
+
+    def forward(self, x):
+        return self.net(x.contiguous(memory_format=torch.channels_last))
+
+
 def checkpointed(net, cuts):
     """``net`` with a checkpoint around each block that ``cuts`` end; blocks that span stages are cut there too."""
     for name, stage in net.named_children():
@@ -73,6 +84,7 @@ def variants(name, cuts, example):
     if isinstance(cuts, tuple):
         names = bllkern.cuts.even(build(name).to(example.device), cuts[0], (example,), cuts[1])
     yield "backprop", build(name).to(example.device)
+    yield "backprop channels-last", ChannelsLast(build(name).to(example.device))
     yield "checkpointing", checkpointed(build(name).to(example.device), names)
     for variant, options in LOCAL.items():
         net = build(name).to(example.device)

@@ -28,7 +28,7 @@ SCHEMAS = {
     "linear_agreement": "(Tensor x, Tensor weight, Tensor? bias, Tensor b, Tensor? row_weights, str family,"
     " int group_size, str reduction, bool grad_z, bool grad_b) -> (Tensor, Tensor, Tensor?, Tensor?)",
     # x: [N, C, H, W], weight, bias: [C], shortcut: like x, where max_pool is 1; z = max_pool(relu(batch_norm(x) +
-    # shortcut)), features = adaptive_avg_pool(z) to at most `pool` places a side (0: none), mean and variance [C] of the
+    # shortcut)) in the memory layout of x, features = adaptive_avg_pool(z) to at most `pool` places a side (0: none), mean and variance [C] of the
     # batch; and like features, for the gradient, the share of places where z > 0 and the mean of normalised x there.  All
     # but z are in the dtype of a loss.
     "batch_norm_relu": "(Tensor x, Tensor weight, Tensor bias, Tensor? shortcut, float eps, int max_pool, bool ceil_mode,"
@@ -94,15 +94,27 @@ def pooled_shape(x: Tensor, max_pool: int, ceil_mode: bool, pool: int) -> tuple[
     return [*x.shape[:2], *sides], [*x.shape[:2], *(min(side, pool) for side in sides)]
 
 
+def layout(x: Tensor) -> torch.memory_format:
+    """Of activations of ``batch_norm_relu`` and their gradients: channels-last where ``x`` [N, C, H, W] is."""
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _activation(x: Tensor, shape) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout(x))
+
+
 def _batch_norm_relu(x, weight, bias, shortcut, eps, max_pool, ceil_mode, pool):
     z, features = pooled_shape(x, max_pool, ceil_mode, pool)
-    statistics, kept = (x.shape[1],), features
-    return x.new_empty(z), *(_loss(x, shape) for shape in (features, statistics, statistics, kept, kept))
+    found = (_loss(x, shape) for shape in (features, x.shape[1:2], x.shape[1:2]))
+    kept = (torch.empty_like(_loss(x, features), memory_format=layout(x)) for _ in range(2))
+    return _activation(x, z), *found, *kept
 
 
 def _batch_norm_relu_gradient(x, weight, bias, *rest):
     *_, grad_x, grad_shortcut = rest
-    return _like(x, grad_x), _like(x, grad_shortcut), _loss(x, weight.shape), _loss(x, bias.shape)
+    by_x, by_shortcut = (_activation(x, x.shape) if wanted else None for wanted in (grad_x, grad_shortcut))
+    return by_x, by_shortcut, _loss(x, weight.shape), _loss(x, bias.shape)
 
 
 def _similarity_matching(x, target, ignore_index, grad_x):

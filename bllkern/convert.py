@@ -20,7 +20,7 @@ from . import objectives
 from .blocks import BlockLocal, Boundary
 from .cuts import channel_dim, even
 from .cuts import file as cuts_file
-from .execution import epilogue, guard, noise, sizing, streams
+from .execution import epilogue, guard, layout, noise, sizing, streams
 from .execution import offload as offloading
 from .network import boundaries
 from .objectives.alignment import watch_output
@@ -48,7 +48,9 @@ def convert(
         objective: a name or a :class:`bllkern.objectives.Objective`; by default that of the file of cuts, or ``"bll"``.
             Where it is a name, the file says its head and pool, and its other options too if it is the file's own.
         schedule: ``"eager"`` (default), ``"deferred"`` or ``"immediate"``.
-        example: an input, or a tuple of positional inputs, that gives heads and feedback their size now.
+        example: an input, or a tuple of positional inputs, that gives heads and feedback their size now.  Where it
+            shows that activations may be channels-last, they are while the network trains on a CPU, which is faster
+            (:mod:`bllkern.execution.layout`).
         balance: with a number of blocks, what to divide evenly: ``"flops"`` (default), floating-point operations, or
             ``"memory"``, the most bytes of activations and gradients that training holds at a time under schedule
             ``"immediate"``; needs an ``example`` of the batch size to train with.
@@ -91,7 +93,7 @@ def convert(
         watch_output(converted)
     _denoise(converted)
     if example is not None:
-        sizing.size(converted, *inputs)
+        layout.size(converted, inputs)
     if offload is not None:
         offloading.Offload(converted, inputs)
     if names:
@@ -120,6 +122,7 @@ def unwrap(net: nn.Module) -> nn.Module:
     fused = {path: _detach for path, module in net.named_modules() if epilogue.attached(module)}
     plain = _replace(net, local | fused)
     streams.detach(plain)
+    layout.detach(plain)
     noise.detach(plain)
     offloading.detach(plain)
     guard.remove(plain)

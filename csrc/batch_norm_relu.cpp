@@ -1,7 +1,7 @@
 #include "batch_norm_relu.h"
 
+#include "batch_norm_channels.h"
 #include "bins.h"
-#include "threads.h"
 
 // With d = x - mean, r = 1 / sqrt(variance + eps), normalised d r and t = weight d r + bias + shortcut, z is max(t, 0) at the
 // place of each window where t is largest.  For M values a channel and the gradient g by t (at those places, where t > 0):
@@ -10,8 +10,6 @@
 // kept, `active` and `along`; what comes back through z itself is read once more for its part.
 namespace bllkern::BLLKERN_ISA {
 namespace {
-
-constexpr int64_t kPiece = 16384;  // elements that a thread takes at a time
 
 template <class T> void statistics(const BatchNormReluJob& job) {
     const int64_t places = job.height * job.width;
@@ -28,28 +26,8 @@ template <class T> void statistics(const BatchNormReluJob& job) {
         });
     };
     parallel_for(job.images * job.channels, kPiece / places + 1, plane);
-    auto channel = [&](int64_t c) {
-        double mean = 0, square = 0;
-        for (int64_t n = 0; n < job.images; n++) mean += means[n * job.channels + c];
-        mean /= static_cast<double>(job.images);
-        for (int64_t n = 0; n < job.images; n++) {
-            double off = means[n * job.channels + c] - mean;
-            square += squares[n * job.channels + c] + static_cast<double>(places) * off * off;
-        }
-        job.mean[c] = static_cast<float>(mean);
-        job.variance[c] = static_cast<float>(square / static_cast<double>(job.images * places));
-    };
-    parallel_for(job.channels, kPiece / job.images + 1, channel);
+    put_statistics_together(job, job.images, means.data, squares.data, [&](int64_t) { return places; });
 }
-
-// What normalises one plane.
-struct Channel {
-    const float mean, r, scale, bias;
-
-    Channel(const BatchNormReluJob& job, int64_t channel)
-        : mean(job.mean[channel]), r(1 / __builtin_sqrtf(job.variance[channel] + job.eps)),
-          scale(job.weight[channel] * r), bias(job.bias[channel]) {}
-};
 
 // One plane as float: d, [rows, stride] with whole windows; places past the edges repeat those at the edge, which are no
 // new maximum.
@@ -117,13 +95,6 @@ struct Pooling {
 
     explicit Pooling(const BatchNormReluJob& job)
         : down(job.out_height, job.bins_down), across(job.out_width, job.bins_across) {}
-};
-
-// What the bins keep of some places: z, where t > 0, and d there.
-struct Kept {
-    Lanes z = {}, on = {}, along = {};
-
-    BLLKERN_MEMBER void operator+=(const Kept& other) { z += other.z, on += other.on, along += other.along; }
 };
 
 // The bins of one plane, from kept(first place, how many) for each vector of every row of z.
@@ -213,16 +184,6 @@ struct FromFeatures {
         Lanes g = load(rows.data + down.first[h] * stride + w);
         for (int64_t p = down.first[h] + 1; p < down.last[h]; p++) g += load(rows.data + p * stride + w);
         return g;
-    }
-};
-
-// The gradient by x is scale g + slope d + constant.
-struct Slopes {
-    float slope, constant;
-    Slopes(const BatchNormReluJob& job, const Channel& plane, int64_t channel) {
-        const float values = static_cast<float>(job.images * job.height * job.width);
-        slope = -plane.scale * plane.r * job.by_weight[channel] / values;
-        constant = -plane.scale * job.by_bias[channel] / values;
     }
 };
 
@@ -335,27 +296,24 @@ template <class Body> void each_plane(const BatchNormReluJob& job, Body body) {
 }
 
 template <class T, int K> void sums_of_gradient(const BatchNormReluJob& job) {
-    const int64_t planes = job.by_z ? job.images * job.channels : 0, bins = job.bins_down * job.bins_across;
+    const int64_t planes = job.images * job.channels, bins = job.bins_down * job.bins_across;
     Scratch<double> sums(planes), alongs(planes);
-    if (planes) each_plane(job, [&](int64_t i) {
-        if constexpr (K == 1) sums_of_places<T>(job, i, sums[i], alongs[i]);
-        else sums_of_windows<T, K>(job, i, sums[i], alongs[i]);
-    });
-    auto channel = [&](int64_t c) {
-        double by_bias = 0, by_weight = 0;
-        const float r = Channel(job, c).r;
-        for (int64_t i = c; i < planes; i += job.channels) by_bias += sums[i], by_weight += alongs[i] * r;
-        for (int64_t i = c; job.by_features && i < job.images * job.channels; i += job.channels) {
-            auto dot = [&](const float* kept) __attribute__((always_inline)) {
-                return sum_vectors(bins, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
-                    return load_first(job.by_features + i * bins + k, n, 0.f) * load_first(kept + i * bins + k, n, 0.f);
-                });
-            };
-            by_bias += dot(job.active), by_weight += dot(job.along);
+    each_plane(job, [&](int64_t i) {
+        sums[i] = alongs[i] = 0;
+        if (job.by_z) {
+            if constexpr (K == 1) sums_of_places<T>(job, i, sums[i], alongs[i]);
+            else sums_of_windows<T, K>(job, i, sums[i], alongs[i]);
+            alongs[i] *= Channel(job, i % job.channels).r;
         }
-        job.by_bias[c] = static_cast<float>(by_bias), job.by_weight[c] = static_cast<float>(by_weight);
-    };
-    parallel_for(job.channels, kPiece / (job.images * (bins + 1)) + 1, channel);
+        if (!job.by_features) return;
+        auto dot = [&](const float* kept) __attribute__((always_inline)) {
+            return sum_vectors(bins, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+                return load_first(job.by_features + i * bins + k, n, 0.f) * load_first(kept + i * bins + k, n, 0.f);
+            });
+        };
+        sums[i] += dot(job.active), alongs[i] += dot(job.along);
+    });
+    put_gradients_together(job, job.images, sums.data, alongs.data);
 }
 
 template <class T, int K> void forward(const BatchNormReluJob& job) {
@@ -380,6 +338,7 @@ template <class T, int K> void backward(const BatchNormReluJob& job) {
 }  // namespace
 
 void batch_norm_relu(const BatchNormReluJob& job) {
+    if (job.channels_last) return batch_norm_relu_channels_last(job);
     with_type(job.dtype, [&](auto type) {
         using T = decltype(type);
         job.window == 1 ? forward<T, 1>(job) : job.window == 2 ? forward<T, 2>(job) : forward<T, 3>(job);
@@ -387,6 +346,7 @@ void batch_norm_relu(const BatchNormReluJob& job) {
 }
 
 void batch_norm_relu_gradient(const BatchNormReluJob& job) {
+    if (job.channels_last) return batch_norm_relu_gradient_channels_last(job);
     with_type(job.dtype, [&](auto type) {
         using T = decltype(type);
         job.window == 1 ? backward<T, 1>(job) : job.window == 2 ? backward<T, 2>(job) : backward<T, 3>(job);

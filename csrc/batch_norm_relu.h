@@ -32,9 +32,12 @@ struct BatchNormReluJob {
     int window;  // of max pooling: 1, 2 or 3 places a side, side by side; windows may be cut off at the lower and right edge
     float eps;
     DType dtype;  // of x, shortcut, z and their gradients
+    bool channels_last;  // these, active and along lie in memory as [images, height, width, channels]
 };
 
 BLLKERN_DECLARE(void batch_norm_relu(const BatchNormReluJob& job))
 BLLKERN_DECLARE(void batch_norm_relu_gradient(const BatchNormReluJob& job))
+BLLKERN_DECLARE(void batch_norm_relu_channels_last(const BatchNormReluJob& job))  // these two only for channels_last
+BLLKERN_DECLARE(void batch_norm_relu_gradient_channels_last(const BatchNormReluJob& job))
 
 }  // namespace bllkern

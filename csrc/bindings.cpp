@@ -205,14 +205,14 @@ template <class Pass> auto with_batch_norm_job(Pass pass) {
                   int64_t features, int64_t active, int64_t along, int64_t by_z, int64_t by_features, int64_t by_weight,
                   int64_t by_bias, int64_t grad_x, int64_t grad_shortcut, int64_t images, int64_t channels, int64_t height,
                   int64_t width, int64_t out_height, int64_t out_width, int64_t bins_down, int64_t bins_across, int window,
-                  float eps, int dtype) {
+                  float eps, int dtype, bool channels_last) {
         BatchNormReluJob job = {pointer<const void>(x), pointer<const float>(weight), pointer<const float>(bias),
                                 pointer<const void>(shortcut), pointer<float>(mean), pointer<float>(variance),
                                 pointer<void>(z), pointer<float>(features), pointer<float>(active), pointer<float>(along),
                                 pointer<const void>(by_z), pointer<const float>(by_features), pointer<float>(by_weight),
                                 pointer<float>(by_bias), pointer<void>(grad_x), pointer<void>(grad_shortcut),
                                 images, channels, height, width, out_height, out_width, bins_down, bins_across, window,
-                                eps, static_cast<DType>(dtype)};
+                                eps, static_cast<DType>(dtype), channels_last};
         without_lock_if_long(images * channels * height * width, [&] { pass(job); });
     };
 }
@@ -230,6 +230,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("isas") = supported_isas();
     m.def("isa", [] { return kIsaNames[static_cast<int>(current_isa())]; });
     m.def("set_isa", &set_isa_by_name);
+    m.def("keep_freed_memory", &keep_freed_memory);
     m.def("prefer_huge_pages", [](int64_t p, int64_t bytes) { prefer_huge_pages(reinterpret_cast<void*>(p), bytes); });
 
     m.def("agreement", with_agreement_job([](const AgreementJob& job) {

@@ -177,7 +177,7 @@ def test_larger_than_the_device():
 def test_on_a_rank_of_its_own_a_block_gets_what_was_received_with_noise():
     net, cuts, blocks, x, y = convolutions()
     net = bllkern.convert(net, cuts, nets.CLASSES, DENOISING, example=x)
-    z, handed_on = torch.randn(8, 4, 6, 6), []
+    z, handed_on = torch.randn(8, 4, 6, 6).contiguous(memory_format=torch.channels_last), []
     part = Part(net, Layout(net, (x,)), 1, 2, handed_on.append)
     plain = copy.deepcopy(bllkern.unwrap(net))
     torch.manual_seed(0)

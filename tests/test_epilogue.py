@@ -10,6 +10,7 @@ import bllkern
 import nets
 from bllkern import backends
 from bllkern.execution import epilogue
+from bllkern.functional import convolution
 from bllkern.models import resnet as models
 from bllkern.objectives import BLL
 
@@ -141,6 +142,7 @@ UNITS = {"BasicBlock": models.BasicBlock, "Bottleneck": models.Bottleneck}
 @pytest.mark.parametrize("schedule", ["eager", "deferred", "immediate"])
 @pytest.mark.parametrize("kind, planes, passes", [("BasicBlock", 4, 2), ("BasicBlock", 64, 1), ("Bottleneck", 4, 3)])
 def test_residual_units_learn_as_they_would(fused, monkeypatch, kind, planes, passes, schedule):
+    monkeypatch.setattr(convolution, "LARGE_BYTES", 1)
     net, x = residual(UNITS[kind], planes), torch.randn(12, 3, 8, 8)
     compare(net, x, monkeypatch, "bwbpf", schedule, ["layer1.1", "layer2.0"])
     # in two steps of four units; wide ones normalise within the second convolution

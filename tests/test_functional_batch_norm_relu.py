@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bllkern import _native, backends
+from bllkern import _native, _ops, backends
 from bllkern.functional import batch_norm_relu
 
 from checks import (
@@ -18,14 +18,27 @@ from checks import (
 
 pytestmark = pytest.mark.op("batch_norm_relu")
 
-# images, channels, height, width; one place, bins that overlap, windows cut off, planes of more than a vector
+# images, channels, height, width; one place, bins that overlap, windows cut off, planes and channels of more than a vector
 SHAPES = [(2, 1, 1, 1), (3, 2, 5, 7), (1, 3, 4, 4), (2, 3, 9, 6), (2, 2, 16, 16), (2, 1, 33, 35), (4, 5, 3, 130)]
+SHAPES += [(3, 19, 5, 4), (2, 70, 6, 3)]
 POOLS = [(1, False), (2, True), (2, False), (3, True)]
+
+
+@pytest.fixture(
+    autouse=True, params=[torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"]
+)
+def layout(request, monkeypatch):
+    """In which layout :func:`images` are."""
+    monkeypatch.setitem(globals(), "images", lambda x: x.contiguous(memory_format=request.param))
+
+
+def images(x):
+    """``x`` [N, C, H, W] in the layout of the test."""
 
 
 def block(shape, dtype=torch.float32):
     x = 2 * torch.randn(shape) + torch.arange(shape[1])[:, None, None]
-    return [x.to(dtype), torch.randn(shape[1]), torch.randn(shape[1])]
+    return [images(x.to(dtype)), torch.randn(shape[1]), torch.randn(shape[1])]
 
 
 def formula(x, weight, bias, max_pool=1, ceil_mode=False, pool=4):
@@ -77,6 +90,7 @@ def test_is_the_chain_of_torch_functions(backend, shape):
         z, features, mean, variance = ours(x, weight, bias, *settings)
         expected_z, expected_features = formula(x.double(), weight, bias, *settings)
         assert z.shape == expected_z.shape and features.shape == expected_features.shape
+        assert z.is_contiguous(memory_format=_ops.layout(x)) and features.is_contiguous()
         assert (z - expected_z).norm() <= 1e-6 * expected_z.norm().clamp(min=1)
         assert (features - expected_features).norm() <= 1e-6 * expected_features.norm().clamp(min=1)
         expected_variance, expected_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
@@ -123,7 +137,7 @@ def shortcuts(pool):
 @pytest.mark.parametrize("pool", [0, 1, 4])
 def test_shortcut(backend, shape, pool):
     own, torchs = shortcuts(pool)
-    tensors = *block(shape), torch.randn(shape)
+    tensors = *block(shape), images(torch.randn(shape))
     z, features = own(*tensors)
     expected, expected_features = torchs(*(t.double() for t in tensors))
     assert (z - expected).norm() <= 1e-6 * expected.norm()
@@ -235,12 +249,11 @@ def test_a_large_mean_cancels(backend):
     assert_no_worse_than_eager(weighted(ours), weighted(formula), x, weight, bias, tolerance=1e-5)
 
 
-def test_channels_last(backend):
+def test_a_shortcut_and_gradients_in_another_layout(backend):
     x, weight, bias = block((3, 4, 6, 7))
-    loss = weighted(ours, 2, True)
-    assert_matches_float64(
-        loss, weighted(formula, 2, True), x.contiguous(memory_format=torch.channels_last), weight, bias
-    )
+    other = torch.randn(3, 7, 4, 6).permute(0, 2, 3, 1)  # neither contiguous nor channels-last
+    own, torchs = (lambda *t, f=f: (f(*t)[0] * other.to(t[0])).sum() for f in shortcuts(2))
+    assert_matches_float64(own, torchs, x, weight, bias, other)
 
 
 def test_empty_batch(backend):

@@ -1,4 +1,4 @@
-"""Convolutions whose backward pass takes some images at a time, perhaps of what it normalises first, against torch's."""
+"""Convolutions of what they normalise first, which is made again for the backward pass, against torch's."""
 
 import copy
 
@@ -22,54 +22,50 @@ LAYERS = {
     "strided": dict(kernel_size=3, stride=(2, 1), padding=(1, 0), bias=False),
     "dilated groups": dict(kernel_size=3, dilation=2, groups=2),
 }
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-@pytest.fixture
-def pieces(monkeypatch):
-    """Pieces of from four images of 4 channels and 16 x 16 places on; the calls of torch's backward pass."""
-    monkeypatch.setattr(convolutional, "LARGE_BYTES", 4 * 4 * 256 * 4)
-    return record_calls(monkeypatch, torch.ops.aten, "convolution_backward")
-
-
-def taken(conv, x, norm=None):
-    return convolutional.convolution(conv, x, convolutional.images_at_a_time(conv, x), norm)[0]
+def taken(conv, norm, x):
+    return convolutional.normalized_convolution(conv, norm, x)[0]
 
 
 def results(function, x, *modules):
-    """What ``function(x, *modules)`` is, and its gradients by x and all parameters."""
+    """What ``function(*modules, x)`` is, and its gradients by x and all parameters."""
     x = x.clone().requires_grad_()
     leaves = [x, *(p for module in modules for p in module.parameters())]
-    out = function(x, *modules)
+    out = function(*modules, x)
     factors = 2 + torch.arange(out.numel(), dtype=torch.float64).sin().view(out.shape).to(out)
     return [out.detach(), *torch.autograd.grad((out * factors).sum(), leaves)]
 
 
-def compare(function, formula, x, *modules):
-    ours = results(function, x, *modules)
-    expected = results(formula, x.double(), *(copy.deepcopy(module).double() for module in modules))
-    for one, e in zip(ours, expected, strict=True):
-        assert one.is_contiguous() and relative_l2(one, e) <= 2e-6
-
-
-@pytest.mark.parametrize("batch", [1, 3, 4, 7, 8])
-@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
-def test_is_the_convolution(pieces, options, batch):
-    conv, x = nn.Conv2d(4, 4, **options), torch.randn(batch, 4, 16, 16)
-    compare(lambda x, conv: taken(conv, x), lambda x, conv: conv(x), x, conv)
-    assert len(pieces) == (8 if batch >= 4 else 2)  # for each the input's gradient, then the parameters'
-
-
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("batch", [1, 2, 7])
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
-def test_of_what_is_normalised_first(pieces, options, batch):
+def test_is_the_convolution_of_what_is_normalised(monkeypatch, options, batch, layout):
+    monkeypatch.setattr(convolutional, "PIECE_BYTES", 3 * 4 * 256 * 4)  # three images
     conv, norm = nn.Conv2d(4, 4, **options), nn.BatchNorm2d(4)
     x = 3 * torch.randn(batch, 4, 16, 16) + torch.arange(4.0)[:, None, None]
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
-    compare(lambda x, *m: taken(m[0], x, m[1]), lambda x, conv, norm: conv(norm(x).relu()), x, conv, norm)
+    ours = results(taken, x.contiguous(memory_format=layout), conv, norm)
+    exact = (copy.deepcopy(module).double() for module in (conv, norm))
+    expected = results(lambda conv, norm, x: conv(norm(x).relu()), x.double(), *exact)
+    for one, e in zip(ours, expected, strict=True):
+        assert relative_l2(one, e) <= 2e-6
+    assert all(one.is_contiguous(memory_format=layout) for one in ours[:2])
+
+
+@pytest.mark.parametrize("images, pieces", [(1, 8), (3, 3), (20, 1)])
+def test_in_pieces(monkeypatch, images, pieces):
+    x = torch.randn(8, 4, 8, 8)
+    monkeypatch.setattr(convolutional, "PIECE_BYTES", images * x[0].nbytes)
+    recorded = record_calls(monkeypatch, torch.ops.aten, "convolution_backward")
+    taken(nn.Conv2d(4, 4, 5), nn.BatchNorm2d(4), x).sum().backward()
+    assert len(recorded) == 2 * pieces  # for each the gradient of what was normalised, then the parameters'
 
 
 @pytest.mark.parametrize("width, repeated", [(8, False), (64, True)])
-def test_what_is_cheap_to_repeat_is_not_kept(width, repeated):
+def test_what_is_cheap_to_repeat_is_not_kept(monkeypatch, width, repeated):
+    monkeypatch.setattr(convolutional, "LARGE_BYTES", 1)
     unit, kept = models.BasicBlock(width, width, 1, None), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         epilogue.run(unit, torch.randn(2, width, 16, 16))
@@ -77,49 +73,35 @@ def test_what_is_cheap_to_repeat_is_not_kept(width, repeated):
     assert len(images) == (4 if NATIVE and repeated else 5)  # input, both convolutions' outputs, z, the first z
 
 
-def test_frozen_weights_and_inputs(pieces):
+def test_frozen_weights_and_inputs():
     conv, norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
     for wanted in (conv.weight, norm.bias):
         for p in (*conv.parameters(), *norm.parameters()):
             p.requires_grad_(p is wanted)
             p.grad = None
-        taken(conv, torch.randn(5, 4, 8, 8), norm).square().sum().backward()
+        taken(conv, norm, torch.randn(5, 4, 8, 8)).square().sum().backward()
         assert wanted.grad is not None and wanted.grad.any()
 
 
-def test_only_the_gradients_that_are_needed(pieces):
-    conv, x = nn.Conv2d(4, 4, 3), torch.randn(8, 4, 16, 16)
-    conv.bias.requires_grad_(False)
-    taken(conv, x).sum().backward()
-    assert conv.weight.grad is not None and conv.bias.grad is None and x.grad is None and len(pieces) == 4
-
-
-def test_the_weight_is_small_beside_a_piece(pieces):
-    taken(nn.Conv2d(4, 64, 5), torch.randn(8, 4, 8, 8)).sum().backward()
-    assert len(pieces) == 1
-
-
 @pytest.mark.parametrize(
-    "conv, x",
+    "conv, dtype",
     [
-        (nn.Conv2d(4, 4, 3, padding_mode="circular", padding=1), torch.randn(8, 4, 8, 8)),
-        (nn.Conv2d(4, 4, 3, padding="same"), torch.randn(8, 4, 8, 8)),
-        (nn.Conv2d(4, 4, 3).double(), torch.randn(8, 4, 8, 8).double()),
-        (nn.Conv2d(4, 4, 3), torch.randn(8, 4, 8, 8).contiguous(memory_format=torch.channels_last)),
-        (nn.Conv2d(4, 4, 3), torch.randn(4, 8, 8)),
-        (nn.Conv2d(4, 4, 3), torch.randn(0, 4, 8, 8)),
+        (nn.Conv2d(4, 64, 3, padding_mode="circular", padding=1), torch.float32),
+        (nn.Conv2d(4, 64, 3, padding="same"), torch.float32),
+        (nn.Conv2d(4, 64, 3).double(), torch.float64),
+        (nn.Conv2d(64, 4, 3), torch.float32),
     ],
-    ids=["padding mode", "padding", "float64", "channels last", "one image", "no image"],
+    ids=["padding mode", "padding", "float64", "few products"],
 )
-def test_others_are_left_to_the_module(conv, x):
-    assert convolutional.images_at_a_time(conv, x) is None
-    z, pooled = epilogue.run(conv, x)
-    assert torch.equal(z, conv(x)) and pooled is None
+def test_others_keep_it(monkeypatch, conv, dtype):
+    monkeypatch.setattr(convolutional, "LARGE_BYTES", 1)
+    assert not convolutional.cheap_to_repeat(conv, torch.randn(8, conv.in_channels, 8, 8, dtype=dtype))
 
 
-def test_autocast_is_the_modules_business(pieces):
-    conv, x = nn.Conv2d(4, 4, 3), torch.randn(8, 4, 8, 8)
+def test_small_ones_and_those_under_autocast_too(monkeypatch):
+    x = torch.randn(8, 4, 8, 8)
+    assert not convolutional.cheap_to_repeat(nn.Conv2d(4, 64, 3), x)
+    monkeypatch.setattr(convolutional, "LARGE_BYTES", x.nbytes)
+    assert convolutional.cheap_to_repeat(nn.Conv2d(4, 64, 3), x)
     with torch.autocast("cpu", torch.bfloat16):
-        z = epilogue.run(conv, x)[0]
-    z.sum().backward()
-    assert z.dtype == torch.bfloat16 and not pieces
+        assert not convolutional.cheap_to_repeat(nn.Conv2d(4, 64, 3), x)

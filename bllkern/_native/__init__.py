@@ -8,7 +8,7 @@ from .batch_norm_relu import batch_norm_relu, batch_norm_relu_gradient
 from .evidence_cross_entropy import evidence_cross_entropy
 from .gram import decorrelation, similarity_matching
 from .linear_cross_entropy import linear_cross_entropy, small_linear_cross_entropy
-from .module import _C, DTYPES, cuda_built, error
+from .module import _C, DTYPES, cuda_built, error, keep_freed_memory
 from .prototypes import prototypes, prototypes_gradient
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "decorrelation",
     "error",
     "evidence_cross_entropy",
+    "keep_freed_memory",
     "linear_cross_entropy",
     "prototypes",
     "prototypes_gradient",

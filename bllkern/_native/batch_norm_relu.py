@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._ops import pooled_shape
+from .._ops import layout, pooled_shape
 from .module import _C, DTYPES, address, empty
 
 
@@ -20,17 +20,19 @@ def batch_norm_relu(
     pool: int,
 ) -> tuple[Tensor, ...]:
     """The op ``batch_norm_relu`` of ``bllkern/_ops.py`` on the CPU."""
-    x, weight, bias = x.contiguous(), weight.float().contiguous(), bias.float().contiguous()
-    shortcut = None if shortcut is None else shortcut.contiguous()
+    form = layout(x)
+    x, shortcut = (t if t is None else t.contiguous(memory_format=form) for t in (x, shortcut))
+    weight, bias = weight.float().contiguous(), bias.float().contiguous()
     shape, bins = pooled_shape(x, max_pool, ceil_mode, pool)
-    z = empty(shape, x, x.dtype)
-    features, active, along = (empty(bins, x, torch.float32) for _ in range(3))
+    z = empty(shape, x, x.dtype, form)
+    features, *kept = (empty(bins, x, torch.float32, f) for f in (torch.contiguous_format, form, form))
     mean, variance = (x.new_zeros(shape[1], dtype=torch.float32) for _ in range(2))
     if x.numel():
-        tensors = (x, weight, bias, shortcut, mean, variance, z, features, active, along)
+        tensors = (x, weight, bias, shortcut, mean, variance, z, features, *kept)
         pointers = (*map(address, tensors), *[0] * 6)
-        _C.batch_norm_relu(*pointers, *x.shape, *shape[2:], *bins[2:], max_pool, eps, DTYPES[x.dtype])
-    return z, features, mean, variance, active, along
+        sizes = (*x.shape, *shape[2:], *bins[2:])
+        _C.batch_norm_relu(*pointers, *sizes, max_pool, eps, DTYPES[x.dtype], form == torch.channels_last)
+    return z, features, mean, variance, *kept
 
 
 def batch_norm_relu_gradient(
@@ -51,13 +53,12 @@ def batch_norm_relu_gradient(
     grad_shortcut: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """The op ``batch_norm_relu_gradient`` of ``bllkern/_ops.py`` on the CPU."""
-    x, z, by_z = (t if t is None else t.contiguous() for t in (x, z, by_z))
-    given = (weight, bias, mean, variance, active, along, by_features)
-    weight, bias, mean, variance, active, along, by_features = (
-        t if t is None else t.float().contiguous() for t in given
-    )
-    by_x = empty(x.shape, x, x.dtype) if grad_x else None
-    by_shortcut = empty(x.shape, x, x.dtype) if grad_shortcut else None
+    form = layout(x)
+    x, z, by_z = (t if t is None else t.contiguous(memory_format=form) for t in (x, z, by_z))
+    active, along = (t.float().contiguous(memory_format=form) for t in (active, along))
+    given = (weight, bias, mean, variance, by_features)
+    weight, bias, mean, variance, by_features = (t if t is None else t.float().contiguous() for t in given)
+    by_x, by_shortcut = (empty(x.shape, x, x.dtype, form) if wanted else None for wanted in (grad_x, grad_shortcut))
     by_weight, by_bias = torch.zeros_like(weight), torch.zeros_like(bias)
     if x.numel():
         tensors = (x, weight, bias, None, mean, variance, z, None, active, along)
@@ -65,5 +66,6 @@ def batch_norm_relu_gradient(
         shape = pooled_shape(x, max_pool, ceil_mode, 1)[0]
         sizes = (*x.shape, *shape[2:], *active.shape[2:])
         pointers = map(address, (*tensors, *gradients))
-        _C.batch_norm_relu_gradient(*pointers, *sizes, max_pool, eps, DTYPES[x.dtype])
+        last = form == torch.channels_last
+        _C.batch_norm_relu_gradient(*pointers, *sizes, max_pool, eps, DTYPES[x.dtype], last)
     return by_x, by_shortcut, by_weight, by_bias

@@ -28,9 +28,9 @@ def check_like(name: str, x: Tensor, first: str, like: Tensor) -> None:
 _LARGE = 32 << 20  # bytes from which on glibc maps every allocation anew, so that all its pages are faulted in
 
 
-def empty(shape, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """A contiguous result on the device of ``like``."""
-    return _in_huge_pages(like.new_empty(shape, dtype=dtype))
+def empty(shape, like: Tensor, dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """A result on the device of ``like``."""
+    return _in_huge_pages(torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout))
 
 
 def empty_like(x: Tensor) -> Tensor:
@@ -42,6 +42,12 @@ def _in_huge_pages(result: Tensor) -> Tensor:
     if result.nbytes >= _LARGE and not result.is_cuda:
         _C.prefer_huge_pages(result.data_ptr(), result.nbytes)
     return result
+
+
+def keep_freed_memory() -> None:
+    """Let the process keep freed memory for its next allocations; see csrc/memory.h."""
+    if _C is not None:
+        _C.keep_freed_memory()
 
 
 def address(x: Tensor | None) -> int:

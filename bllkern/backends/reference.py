@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import families
-from .._ops import pooled_shape
+from .._ops import layout, pooled_shape
 
 
 def _family(name: str, group_size: int) -> families.Family:
@@ -147,6 +147,11 @@ def linear_agreement(x, weight, bias, b, row_weights, family, group_size, reduct
     )
 
 
+def _like(activation, x):
+    """``activation`` in the dtype and memory layout of ``x`` [N, C, H, W]."""
+    return activation.to(x.dtype).contiguous(memory_format=layout(x))
+
+
 def batch_norm_relu_formula(x, weight, bias, shortcut, eps, max_pool, ceil_mode, pool):
     """Activation and features of ``batch_norm_relu`` in the precision of the arithmetic, differentiable."""
     t = F.batch_norm(_full(x), None, None, weight.to(_full(x)), bias.to(_full(x)), True, 0.0, eps)
@@ -176,12 +181,13 @@ def batch_norm_relu(x, weight, bias, shortcut, eps, max_pool, ceil_mode, pool):
     if x.numel() == 0:
         z, features = (_full(x).new_zeros(shape) for shape in pooled_shape(x, max_pool, ceil_mode, pool))
         zero = z.new_zeros(x.shape[1])
-        return z.to(x.dtype), features, zero, zero.clone(), features.clone(), features.clone()
+        kept = (features.clone(memory_format=layout(x)) for _ in range(2))
+        return _like(z, x), features, zero, zero.clone(), *kept
     variance, mean = torch.var_mean(_full(x), (0, 2, 3), correction=0)
     normalized, z, index = _chosen(x, weight, bias, shortcut, mean, variance, eps, max_pool, ceil_mode)
     along = normalized.flatten(2).gather(2, index.flatten(2)).view_as(z).where(z > 0, 0)
-    features, active, along = (_averaged(y, pool) for y in (z, (z > 0).to(z), along))
-    return z.to(x.dtype).contiguous(), features, mean, variance, active, along
+    features, *kept = (_averaged(y, pool) for y in (z, (z > 0).to(z), along))
+    return _like(z, x), features, mean, variance, *(y.contiguous(memory_format=layout(x)) for y in kept)
 
 
 def batch_norm_relu_gradient(
@@ -207,8 +213,8 @@ def batch_norm_relu_gradient(
     if x.numel() == 0:
         zeros = full.new_zeros(weight.shape)
         return (
-            _gradient(full, x) if grad_x else None,
-            _gradient(full, x) if grad_shortcut else None,
+            _like(full, x) if grad_x else None,
+            _like(full, x) if grad_shortcut else None,
             zeros,
             zeros.clone(),
         )
@@ -221,7 +227,7 @@ def batch_norm_relu_gradient(
     by_weight, by_bias = (g * normalized).sum((0, 2, 3)), g.sum((0, 2, 3))
     values, scale = x.numel() // x.shape[1], (weight.to(own) * torch.rsqrt(variance + eps))[:, None, None]
     by_x = scale * (g - (by_bias[:, None, None] + normalized * by_weight[:, None, None]) / values)
-    return (_gradient(by_x, x) if grad_x else None, _gradient(g, x) if grad_shortcut else None, by_weight, by_bias)
+    return (_like(by_x, x) if grad_x else None, _like(g, x) if grad_shortcut else None, by_weight, by_bias)
 
 
 def normalized_rows(x: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:

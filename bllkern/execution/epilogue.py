@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..functional import batch_norm_relu
-from ..functional.convolution import cheap_to_repeat, convolution, images_at_a_time
+from ..functional.convolution import cheap_to_repeat, normalized_convolution
 from . import noise
 
 _RESIDUAL = {
@@ -36,8 +36,6 @@ def run(module: nn.Module, x: Tensor, side: int = 0) -> tuple[Tensor, Tensor | N
             return _sequential(list(module), x, side)
         if is_residual(module):
             return _residual(module, x, side)
-        if type(module) is nn.Conv2d and (images := images_at_a_time(module, x)):
-            return (module(x) if images >= len(x) else convolution(module, x, images)[0]), None
     return module(x), None
 
 
@@ -110,11 +108,11 @@ def _residual(unit: nn.Module, x: Tensor, side: int) -> tuple[Tensor, Tensor | N
 
 def _next(norm: nn.BatchNorm2d, relu: nn.ReLU, conv: nn.Module, x: Tensor) -> Tensor:
     """``conv(relu(norm(x)))``, of which nothing but ``x`` is kept where that is cheap."""
-    images = images_at_a_time(conv, x) if type(conv) is nn.Conv2d and not _hooked(conv) else None
-    if images is None or not cheap_to_repeat(conv) or not _applies(norm, x):
+    convolves = type(conv) is nn.Conv2d and not _hooked(conv)
+    if not convolves or not _applies(norm, x) or not cheap_to_repeat(conv, x):
         found = _ended(norm, x, 0)
         return run(conv, relu(norm(x)) if found is None else found[0])[0]
-    out, mean, variance = convolution(conv, x, images, norm)
+    out, mean, variance = normalized_convolution(conv, norm, x)
     _update(norm, x, mean, variance)
     return out
 
@@ -141,7 +139,8 @@ def _applies(norm: nn.BatchNorm2d, x: Tensor, smallest: int = 1) -> bool:
     """Whether there is a kernel for ``x`` [N, C, H, W] of at least ``smallest`` places a side."""
     if x.dim() != 4 or x.shape[1] != norm.num_features or min(x.shape[2:]) < smallest or _values(norm, x) < 2:
         return False
-    return x.is_contiguous() and backends.choose("batch_norm_relu", x.device.type, x.dtype) != "reference"
+    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return dense and backends.choose("batch_norm_relu", x.device.type, x.dtype) != "reference"
 
 
 def _values(norm: nn.BatchNorm2d, x: Tensor) -> int:

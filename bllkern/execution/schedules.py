@@ -75,7 +75,9 @@ def immediate(boundary: Boundary, z: Tensor, loss: Tensor) -> None:
     boundary.make_optimizers()
     for optimizer in boundary.optimizers():
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 SCHEDULES = {"eager": eager, "deferred": deferred, "immediate": immediate}

@@ -11,7 +11,9 @@ reads too is named to it (``record_stream``): the activation, the messages, and 
 boundary, which may come from any block before.  A tensor that one block makes and a later one reads in other ways must
 live until the network returns.  Nothing is allocated on the caller's stream until then.
 
-On a CPU the same code runs with :class:`NoStreams`.
+On a CPU the same code runs with :class:`NoStreams`, and what blocks free stays with the process, as it stays with torch's
+allocator on a GPU: blocks free their activations one after the other, and glibc would give them back to the system and
+have them filled with zeros again (15,000 to 25,000 page faults in a step of ResNet-32).
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .. import _native
 from . import targets
 
 if TYPE_CHECKING:
@@ -90,7 +93,10 @@ class CudaStreams(NoStreams):
 @functools.lru_cache(maxsize=None)
 def of(device: torch.device) -> NoStreams:
     """The streams of ``device``, the same ones at every call: a stream's memory pool and libraries' handles last."""
-    return CudaStreams(device) if device.type == "cuda" else NoStreams()
+    if device.type == "cuda":
+        return CudaStreams(device)
+    _native.keep_freed_memory()
+    return NoStreams()
 
 
 class Pass:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import nn
@@ -102,7 +103,8 @@ class BlockOptimizers:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of all blocks."""
-        for parameter in self._net.parameters():
+        held = (group["params"] for optimizer in self for group in optimizer.param_groups)
+        for parameter in chain(*held) if self._complete else self._net.parameters():
             if parameter.grad is not None and set_to_none:
                 parameter.grad = None
             elif parameter.grad is not None:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ..blocks import Boundary, first_tensor
+from ..execution import layout as memory_layout
 from ..execution import noise, sizing
 from ..feedback import Feedback
 from ..network import boundaries
@@ -225,7 +226,8 @@ class Part:
                 f"the activation for block {self.names[0]!r} must have shape {list(expected.shape)}, "
                 f"got {list(self.received.shape)}"
             )
-        received = noise.paired(self.received, self.noise) if self.net.training and self.noise else self.received
+        received = memory_layout.as_trained(self.net, self.received)
+        received = noise.paired(received, self.noise) if self.net.training and self.noise else received
         return type(output)((received, *output[1:])) if isinstance(output, (tuple, list)) else received
 
     def _drop_boundaries(self) -> None:
