@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 triton_worker = pytest.importorskip("triton_worker")
 
+from bllkern._ops import layout as of_activations  # noqa: E402
 from bllkern.backends import reference  # noqa: E402
 
 # images, channels, height, width: one place, bins that overlap, windows cut off; channels of several tiles, whose
@@ -29,12 +30,6 @@ def arguments(shape, layout=torch.contiguous_format, dtype=torch.float32):
     return [x.to(dtype, memory_format=layout), *torch.randn(2, shape[1], generator=generator)]
 
 
-def layout_of(x):
-    """That of what is like x: channels-last only where x is that and nothing else."""
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
-
-
 def relative_error(got, expected, least=1.0):
     """Relative to at least ``least``: of two values the gradient all but cancels."""
     return float((got.double() - expected).norm() / expected.norm().clamp(min=least))
@@ -48,10 +43,10 @@ def compare(x, weight, bias, max_pool, ceil_mode, pool, shortcut=None, by_z=Fals
     expected = reference.batch_norm_relu(*exact, *settings)
     for i, (one, e) in enumerate(zip(got, expected, strict=True)):
         assert one.shape == e.shape and one.dtype == (torch.float32 if i else x.dtype)
-        assert one.is_contiguous(memory_format=torch.contiguous_format if i else layout_of(x))
+        assert one.is_contiguous(memory_format=of_activations(x) if i in (0, 4, 5) else torch.contiguous_format)
         assert relative_error(one, e) <= (2e-6 if i else tolerance)
     generator = torch.Generator().manual_seed(1)
-    other = OTHER[layout_of(x)]  # in which by_z and the shortcut come
+    other = OTHER[of_activations(x)]  # in which by_z and the shortcut come
     by_z = torch.randn(expected[0].shape, generator=generator) if by_z else None
     upstream = [None if by_z is None else by_z.to(x.dtype, memory_format=other)]
     upstream += [2 + torch.randn(expected[1].shape, generator=generator) if pool else None]
@@ -66,7 +61,7 @@ def compare(x, weight, bias, max_pool, ceil_mode, pool, shortcut=None, by_z=Fals
         assert (one is None) == (e is None)
         if one is not None:
             assert one.dtype == (torch.float32 if i > 1 else x.dtype)
-            assert i > 1 or one.is_contiguous(memory_format=layout_of(x))
+            assert i > 1 or one.is_contiguous(memory_format=of_activations(x))
             assert relative_error(one, e, 1.0 if i else max(steepness, 1.0)) <= (2e-6 if i > 1 else tolerance)
 
 

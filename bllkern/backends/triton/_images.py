@@ -1,4 +1,4 @@
-"""Images as tiles [places, channels] in either layout, contiguous or channels-last, and the statistics of their channels.
+"""Images as tiles [places, channels] in either layout, contiguous or channels-last, and statistics of their channels.
 
 ``LAST`` tells a kernel that the channels of a place lie side by side; else the places of a channel do.
 """
@@ -13,12 +13,6 @@ from ._launch import TILE, WARPS, splits
 LINE = 64  # channels that a channels-last tile has, if there are as many: 128 bytes of half precision
 
 
-def memory_format(x):
-    """The layout in which kernels take ``x`` [N, C, H, W] and give what is like it."""
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
-
-
 def tile(places: int, channels: int, last: bool) -> tuple[int, int]:
     """Powers of two ``(ROWS, COLS)``, at most TILE together: what lies side by side comes first."""
     rows, cols = triton.next_power_of_2(places), triton.next_power_of_2(channels)
@@ -27,8 +21,8 @@ def tile(places: int, channels: int, last: bool) -> tuple[int, int]:
 
 
 def pieces(length: int, rows: int, tiles: int) -> tuple[int, int]:
-    """How many pieces, and of what length, a multiple of ``rows``, so that with as many ``tiles`` they fill a GPU; several
-    times, so that it is not the last few that take long, where that leaves each at least 8 times ``rows``."""
+    """How many pieces, and of what length, a multiple of ``rows``, so that with as many ``tiles`` they fill a GPU;
+    several times, so that it is not the last few that take long, where that leaves each at least 8 times ``rows``."""
     count = max(splits(tiles, length, rows), min(4096 // tiles, length // (8 * rows)))
     piece = rows * triton.cdiv(length, rows * count)
     return triton.cdiv(length, piece), piece
@@ -83,8 +77,8 @@ def _statistics(
 ):
     """Mean of a piece of ``length`` places, and the sum of squared differences from it; one program for each piece.
 
-    The piece is read once: with d the differences from the mean of its first ROWS places, of n places the mean of d is to
-    be added to that, and ``n mean(d)^2`` to be taken from the sum of ``d^2``.  Of that sum it is at most the part
+    The piece is read once: with d the differences from the mean of its first ROWS places, of n places the mean of d is
+    to be added to that, and ``n mean(d)^2`` to be taken from the sum of ``d^2``.  Of that sum it is at most the part
     ``1 - ROWS / n``, as the first places differ from the mean too: ``log2(n / ROWS)`` bits cancel.
     """
     parts = tl.cdiv(places, length)

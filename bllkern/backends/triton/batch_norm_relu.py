@@ -1,8 +1,8 @@
-"""``batch_norm_relu``: batch normalisation, shortcut, ReLU, max pooling and pooled features from one read of x, after that
-of the statistics; the gradients from one more, or two where z has a gradient itself.
+"""``batch_norm_relu``: batch normalisation, shortcut, ReLU, max pooling and pooled features from one read of x, after
+that of the statistics; the gradients from one more, or two where z has a gradient itself.
 
-csrc/batch_norm_relu.cpp derives what is computed.  A program takes a tile [places, channels] of images that are contiguous
-or channels-last.
+csrc/batch_norm_relu.cpp derives what is computed.  A program takes a tile [places, channels] of images that are
+contiguous or channels-last.
 """
 
 import torch
@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._ops import pooled_shape
-from ._images import at, constants, launch, memory_format, pieces, share, statistics, tile
+from ..._ops import layout, pooled_shape
+from ._images import at, constants, launch, pieces, share, statistics, tile
 from ._launch import on_device_of
 
 
@@ -19,8 +19,8 @@ from ._launch import on_device_of
 def _largest(
     x_ptr, place, h, w, mask, column, channels, height, width, mean, scale, bias, K: tl.constexpr, LAST: tl.constexpr
 ):
-    """Of each window (h, w), the ``place``-th, the largest ``t = (x - mean) scale + bias``, ``x - mean`` there, and where:
-    the first of equal ones.  Places past the edges repeat those at the edge, which are no new maximum."""
+    """Of each window (h, w), the ``place``-th, the largest ``t = (x - mean) scale + bias``, ``x - mean`` there, and
+    where: the first of equal ones.  Places past the edges repeat those at the edge, which are no new maximum."""
     first = at(x_ptr, place if K == 1 else h * K * width + w * K, column, height * width, channels, LAST)
     d = tl.load(first, mask=mask, other=0.0).to(tl.float32) - mean
     t = d * scale + bias
@@ -97,8 +97,8 @@ def _forward_bins(
     eps,
     shortcut_ptr,  # like x, if SHORTCUT
     z_ptr,  # [images, channels, out_height, out_width]
-    features_ptr,  # [images, channels, P, Q] float32 and contiguous, as are the next two
-    active_ptr,
+    features_ptr,  # [images, channels, P, Q] float32 and contiguous
+    active_ptr,  # the same in the layout of x, as is the next
     along_ptr,
     channels,
     height,
@@ -149,12 +149,16 @@ def _forward_bins(
     bins = tl.arange(0, BINS)
     size = (bottom - top) * (((bins + 1) * out_width + Q - 1) // Q - bins * out_width // Q)
     part = (1 / size.to(tl.float32))[:, None]
-    out = (image * channels + column)[None, :] * (P * Q) + (p * Q + bins)[:, None]
     mask = (bins < Q)[:, None] & (column < channels)[None, :]
-    tl.store(features_ptr + out, tl.sum(tl.reshape(sums, (BINS, EACH, COLS)), 1) * part, mask=mask)
-    tl.store(active_ptr + out, tl.sum(tl.reshape(counts, (BINS, EACH, COLS)), 1) * part, mask=mask)
+    features_ptr += image * channels * (P * Q)
+    active_ptr += image * channels * (P * Q)
+    along_ptr += image * channels * (P * Q)
+    features = tl.sum(tl.reshape(sums, (BINS, EACH, COLS)), 1) * part
+    active = tl.sum(tl.reshape(counts, (BINS, EACH, COLS)), 1) * part
     along = tl.sum(tl.reshape(totals, (BINS, EACH, COLS)), 1) * part * reciprocal
-    tl.store(along_ptr + out, along, mask=mask)
+    tl.store(at(features_ptr, p * Q + bins, column, P * Q, channels, False), features, mask=mask)
+    tl.store(at(active_ptr, p * Q + bins, column, P * Q, channels, LAST), active, mask=mask)
+    tl.store(at(along_ptr, p * Q + bins, column, P * Q, channels, LAST), along, mask=mask)
 
 
 @triton.jit
@@ -307,8 +311,8 @@ def _float(*tensors):
     return [t.float().contiguous() for t in tensors]
 
 
-def _in(layout, *tensors):
-    return [t if t is None else t.contiguous(memory_format=layout) for t in tensors]
+def _in(form, *tensors):
+    return [t if t is None else t.contiguous(memory_format=form) for t in tensors]
 
 
 def _filled(x, *tensors):
@@ -318,16 +322,18 @@ def _filled(x, *tensors):
 
 def batch_norm_relu(x, weight, bias, shortcut, eps, max_pool, ceil_mode, pool):
     """See ``bllkern/_ops.py``."""
-    layout, (images, channels, height, width) = memory_format(x), x.shape
+    form, (images, channels, height, width) = layout(x), x.shape
     shape, bins = pooled_shape(x, max_pool, ceil_mode, pool)
-    z = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    z, active, along = (
+        torch.empty(sides, dtype=dtype, device=x.device, memory_format=form)
+        for sides, dtype in ((shape, x.dtype), (bins, torch.float32), (bins, torch.float32))
+    )
+    features = x.new_empty(bins, dtype=torch.float32)
     if x.numel() == 0:
-        features, active, along = (x.new_zeros(bins, dtype=torch.float32) for _ in range(3))
         mean, variance = (features.new_zeros(channels) for _ in range(2))
-        return z, features, mean, variance, active, along
-    x, shortcut = _in(layout, x, shortcut)
-    features, active, along = kept = [x.new_empty(bins, dtype=torch.float32) for _ in range(3)]
-    last = layout == torch.channels_last
+        return z, features.zero_(), mean, variance, active.zero_(), along.zero_()
+    x, shortcut = _in(form, x, shortcut)
+    last = form == torch.channels_last
     with on_device_of(x):
         mean, variance = statistics(x, last)
         (shortcut, *_), given = _filled(x, shortcut)
@@ -339,7 +345,9 @@ def batch_norm_relu(x, weight, bias, shortcut, eps, max_pool, ceil_mode, pool):
             rows, cols = tile(across_2 * triton.next_power_of_2(most), channels, last)
             tiles = max(rows, across_2), cols
             settings = (most, down, across, across_2, *settings)
-            launch(_forward_bins, images * down, channels, tiles, *arguments, *kept, *sizes, *settings)
+            launch(
+                _forward_bins, images * down, channels, tiles, *arguments, features, active, along, *sizes, *settings
+            )
         else:
             tiles = tile(shape[2] * shape[3], channels, last)
             parts = triton.cdiv(shape[2] * shape[3], tiles[0])
@@ -370,18 +378,18 @@ def batch_norm_relu_gradient(
     grad_shortcut,
 ):
     """See ``bllkern/_ops.py``."""
-    layout, (images, channels, height, width) = memory_format(x), x.shape
-    x, z, by_z = _in(layout, x, z, by_z)
+    form, (images, channels, height, width) = layout(x), x.shape
+    x, z, by_z = _in(form, x, z, by_z)
     by_x, by_shortcut = (torch.empty_like(x) if wanted else None for wanted in (grad_x, grad_shortcut))
     if x.numel() == 0 or by_z is None and by_features is None:
         zeros = [x.new_zeros(channels, dtype=torch.float32) for _ in range(2)]
         return *(t if t is None else t.zero_() for t in (by_x, by_shortcut)), *zeros
-    last, sides = layout == torch.channels_last, pooled_shape(x, max_pool, ceil_mode, 1)[0][2:]
+    last, sides = form == torch.channels_last, pooled_shape(x, max_pool, ceil_mode, 1)[0][2:]
     sizes = (channels, height, width, *sides)
     arguments = (x, *_float(weight, bias, mean, variance), eps)
     found = []  # by bias and by weight
     if by_features is not None:
-        by_features, active, along = _float(by_features, active, along)
+        (by_features,) = _float(by_features)
         found.append([(by_features * kept).sum((0, 2, 3)) for kept in (active, along)])
     (z, by_z, by_features, *gradients), given = _filled(x, z, by_z, by_features, by_x, by_shortcut)
     with on_device_of(x):
