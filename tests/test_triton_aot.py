@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 
 import pytest
 import torch
@@ -105,24 +106,40 @@ def test_normalization(dtype, architecture):
     "window, dtype, architecture",
     (*((2, *variant) for variant in triton_aot.VARIANTS), (1, "bf16", 90), (3, "bf16", 90)),
 )
-def test_batch_norm_relu(window, dtype, architecture):
-    channels = ("weight_ptr", "bias_ptr", "mean_ptr", "reciprocal_ptr")
-    sizes = dict.fromkeys(("channels", "height", "width", "out_height", "out_width"), "i32")
+@pytest.mark.parametrize("last", (False, True), ids=("contiguous", "channels_last"))
+def test_batch_norm_relu(window, last, dtype, architecture):
+    """What a program reads and writes of channels-last images in half precision is 16 bytes for each thread."""
     images = dict.fromkeys(("x_ptr", "z_ptr"), f"*{dtype}")
-    shared = images | dict.fromkeys(channels, "*fp32") | sizes
-    constants = {"K": window, "SHORTCUT": window == 1, "BLOCK": 1024}
-    bins = {"P": 4, "Q": 4, "FEATURES": True}
-    types = shared | dict.fromkeys(("features_ptr", "active_ptr", "along_ptr"), "*fp32") | {"shortcut_ptr": f"*{dtype}"}
-    check("batch_norm_relu", "_forward", types, constants | bins | {"BINS": 4}, architecture, 4)
-    sums = dict.fromkeys(("by_weight_ptr", "by_bias_ptr"), "*fp32")
-    check("batch_norm_relu", "_sums", shared | sums | {"by_z_ptr": f"*{dtype}"}, constants, architecture, 4)
-    gradients = dict.fromkeys(("by_z_ptr", "grad_ptr", "grad_shortcut_ptr"), f"*{dtype}")
-    types = shared | sums | gradients | {"by_features_ptr": "*fp32", "values": "i32"}
-    constants |= bins | {"BY_Z": True, "GRAD_X": True, "GRAD_SHORTCUT": window == 1}
-    check("batch_norm_relu", "_backward", types, constants, architecture, 4)
+    sizes = dict.fromkeys(("height", "width", "out_height", "out_width"), "i32") | {"eps": "fp32"}
+    shared = images | dict.fromkeys(("weight_ptr", "bias_ptr", "mean_ptr", "variance_ptr"), "*fp32") | sizes
+    tile = {"channels": 64, "LAST": last, "ROWS": 32 if last else 2048, "COLS": 64 if last else 1}
+    constants = tile | {"K": window, "SHORTCUT": window == 1}
+    bins = {"P": 4, "Q": 4}
+    types = shared | {"shortcut_ptr": f"*{dtype}"}
+    compiled = [check("batch_norm_relu", "_forward", types, constants, architecture, WARPS)]
+    types |= dict.fromkeys(("features_ptr", "active_ptr", "along_ptr"), "*fp32") | {"most": "i32"}
+    arguments = (constants | bins | {"BINS": 4}, architecture, WARPS)
+    compiled.append(check("batch_norm_relu", "_forward_bins", types, *arguments))
+    types = shared | dict.fromkeys(("by_weight_ptr", "by_bias_ptr"), "*fp32") | {"by_z_ptr": f"*{dtype}"}
+    arguments = (constants, architecture, WARPS)
+    compiled.append(check("batch_norm_relu", "_sums", types | {"length": "i32"}, *arguments))
+    types |= dict.fromkeys(("grad_ptr", "grad_shortcut_ptr"), f"*{dtype}")
+    types |= {"by_features_ptr": "*fp32", "values": "i32"}
+    constants |= bins | {"OVERLAP": True, "BY_Z": True, "FEATURES": True, "GRAD_X": True, "GRAD_SHORTCUT": window == 1}
+    compiled.append(check("batch_norm_relu", "_backward", types, constants, architecture, WARPS))
     if window == 1:
-        types = {"x_ptr": f"*{dtype}", "mean_ptr": "*fp32", "square_ptr": "*fp32", "places": "i32"}
-        check("batch_norm_relu", "_statistics", types, {"BLOCK": 1024}, architecture, 4)
+        types = {"x_ptr": f"*{dtype}"} | dict.fromkeys(("means_ptr", "squares_ptr"), "*fp32")
+        types |= dict.fromkeys(("places", "length"), "i32")
+        compiled.append(check("_images", "_statistics", types, tile, architecture, 4 if last else WARPS))
+    if last:
+        assert not any(re.search(r"(ld|st)\.global[.\w:]*\.b16", ptx) for ptx in compiled)
+
+
+@VARIANTS
+def test_statistics_of_pieces(dtype, architecture):
+    names = ("means_ptr", "squares_ptr", "mean_ptr", "variance_ptr")
+    types = dict.fromkeys(names, "*fp32") | dict.fromkeys(("pieces", "channels", "length", "values"), "i32")
+    check("_images", "_combined", types, {"ROWS": 512, "COLS": 8}, architecture, WARPS)
 
 
 @VARIANTS

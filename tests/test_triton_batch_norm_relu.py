@@ -8,17 +8,26 @@ import torch
 pytest.importorskip("triton")
 triton_worker = pytest.importorskip("triton_worker")
 
+from bllkern._ops import layout as of_activations  # noqa: E402
 from bllkern.backends import reference  # noqa: E402
 
-# images, channels, height, width: one place, bins that overlap, windows cut off, planes of more than a block (1024)
-SHAPES = ((2, 1, 1, 1), (2, 2, 5, 7), (1, 3, 4, 4), (2, 1, 9, 6), (1, 1, 33, 70))
+# images, channels, height, width: one place, bins that overlap, windows cut off; channels of several tiles, whose
+# statistics take several pieces, and planes of several tiles
+SHAPES = ((2, 1, 1, 1), (2, 2, 5, 7), (1, 3, 4, 4), (2, 1, 9, 6), (2, 66, 9, 8), (1, 2, 40, 60))
 POOLS = ((1, False, 4), (2, True, 3), (2, False, 2), (3, True, 4))
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+OTHER = {torch.contiguous_format: torch.channels_last, torch.channels_last: torch.contiguous_format}
 
 
-def arguments(shape, dtype=torch.float32):
+@pytest.fixture(params=LAYOUTS)
+def layout(request):
+    return LAYOUTS[request.param]
+
+
+def arguments(shape, layout=torch.contiguous_format, dtype=torch.float32):
     generator = torch.Generator().manual_seed(sum(shape))
-    x = 2 * torch.randn(shape, generator=generator) + torch.arange(shape[1])[:, None, None]
-    return [x.to(dtype), *torch.randn(2, shape[1], generator=generator)]
+    x = 2 * torch.randn(shape, generator=generator) + (torch.arange(shape[1]) % 4)[:, None, None]
+    return [x.to(dtype, memory_format=layout), *torch.randn(2, shape[1], generator=generator)]
 
 
 def relative_error(got, expected, least=1.0):
@@ -33,10 +42,13 @@ def compare(x, weight, bias, max_pool, ceil_mode, pool, shortcut=None, by_z=Fals
     got = triton_worker.run("batch_norm_relu", *given, *settings)
     expected = reference.batch_norm_relu(*exact, *settings)
     for i, (one, e) in enumerate(zip(got, expected, strict=True)):
-        assert one.shape == e.shape and one.is_contiguous() and one.dtype == (torch.float32 if i else x.dtype)
+        assert one.shape == e.shape and one.dtype == (torch.float32 if i else x.dtype)
+        assert one.is_contiguous(memory_format=of_activations(x) if i in (0, 4, 5) else torch.contiguous_format)
         assert relative_error(one, e) <= (2e-6 if i else tolerance)
     generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(expected[0].shape, generator=generator).to(x.dtype) if by_z else None]
+    other = OTHER[of_activations(x)]  # in which by_z and the shortcut come
+    by_z = torch.randn(expected[0].shape, generator=generator) if by_z else None
+    upstream = [None if by_z is None else by_z.to(x.dtype, memory_format=other)]
     upstream += [2 + torch.randn(expected[1].shape, generator=generator) if pool else None]
     z = got[0].masked_fill(got[0] < 2e-38, 0)  # the interpreter makes the least normal bfloat16 of 0
     given = [x, weight, bias, *got[2:6], None if shortcut is None else z, *upstream]
@@ -49,45 +61,76 @@ def compare(x, weight, bias, max_pool, ceil_mode, pool, shortcut=None, by_z=Fals
         assert (one is None) == (e is None)
         if one is not None:
             assert one.dtype == (torch.float32 if i > 1 else x.dtype)
+            assert i > 1 or one.is_contiguous(memory_format=of_activations(x))
             assert relative_error(one, e, 1.0 if i else max(steepness, 1.0)) <= (2e-6 if i > 1 else tolerance)
 
 
 @pytest.mark.parametrize("pools", POOLS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_float32(shape, pools):
+def test_float32(shape, pools, layout):
     if pools[1] or min(shape[2:]) >= pools[0]:
-        compare(*arguments(shape), *pools)
+        compare(*arguments(shape, layout), *pools)
 
 
 @pytest.mark.parametrize("pool", (0, 4))
-def test_gradient_by_the_activation(pool):
+def test_gradient_by_the_activation(pool, layout):
     for shape in SHAPES[1:4]:
         for max_pool, ceil_mode, _ in POOLS:
-            compare(*arguments(shape), max_pool, ceil_mode, pool, by_z=True)
+            compare(*arguments(shape, layout), max_pool, ceil_mode, pool, by_z=True)
+    compare(*arguments(SHAPES[4], layout), 2, True, pool, by_z=True)
 
 
 @pytest.mark.parametrize("by_z", (False, True))
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
-def test_shortcut(shape, by_z):
-    shortcut = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    compare(*arguments(shape), 1, False, 4, shortcut, by_z)
-    compare(*arguments(shape), 1, False, 0, shortcut, True)
+def test_shortcut(shape, by_z, layout):
+    shortcut = torch.randn(shape, generator=torch.Generator().manual_seed(2)).contiguous(memory_format=OTHER[layout])
+    compare(*arguments(shape, layout), 1, False, 4, shortcut, by_z)
+    if by_z:
+        compare(*arguments(shape, layout), 1, False, 0, shortcut, True)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-def test_low_precision(dtype):
-    compare(*arguments((2, 2, 5, 7), dtype), 2, True, 2, tolerance=1e-2)
-    shortcut = torch.ones(2, 2, 5, 7, dtype=dtype)
-    compare(*arguments((2, 2, 5, 7), dtype), 1, False, 2, shortcut, True, tolerance=1e-2)
-    compare(*arguments((2, 2, 5, 7), dtype), 1, False, 2, shortcut, False, tolerance=1e-2)
+def test_low_precision(dtype, layout):
+    shape = (2, 6, 5, 7)
+    compare(*arguments(shape, layout, dtype), 2, True, 2, tolerance=1e-2)
+    shortcut = torch.ones(shape, dtype=dtype)
+    for by_z in (False, True):
+        compare(*arguments(shape, layout, dtype), 1, False, 2, shortcut, by_z, tolerance=1e-2)
 
 
-def test_channels_last_and_equal_values():
-    x, weight, bias = arguments((2, 3, 6, 4))
-    compare(x.round().contiguous(memory_format=torch.channels_last), weight, bias, 2, False, 2)
+def test_equal_values(layout):
+    x, weight, bias = arguments((2, 3, 6, 4), layout)
+    compare(x.round(), weight, bias, 2, False, 2)
 
 
-def test_empty_batch():
-    x, weight, bias = arguments((0, 3, 4, 4))
+def test_other_strides(layout):
+    x, weight, bias = arguments((2, 3, 6, 8), layout)
+    compare(x[:, :, 1:, ::2], weight, bias, 2, True, 2, by_z=True)
+    compare(x.expand(2, 2, 3, 6, 8)[:, 0], weight, bias, 1, False, 0, by_z=True)
+
+
+def test_every_place_has_bins_of_its_own(layout):
+    compare(*arguments((2, 5, 7, 6), layout), 1, False, 9)
+
+
+def test_statistics_far_from_zero(layout):
+    x, weight, bias = arguments(SHAPES[4], layout)
+    got = triton_worker.run("batch_norm_relu", x + 500, weight, bias, None, 1e-5, 1, False, 0)
+    variance, mean = torch.var_mean((x + 500).double(), (0, 2, 3), correction=0)
+    assert relative_error(got[2], mean) <= 2e-7 and relative_error(got[3], variance) <= 2e-6
+
+
+def test_no_gradient_arrives(layout):
+    x, weight, bias = arguments((2, 3, 4, 4), layout)
+    kept = *torch.ones(2, 3), *torch.ones(2, 2, 3, 4, 4)
+    given = (x, weight, bias, *kept, None, None, None, 1e-5, 1, False, True, True)
+    assert not any(t.any() for t in triton_worker.run("batch_norm_relu_gradient", *given))
+
+
+def test_empty_batch(layout):
+    x, weight, bias = arguments((0, 3, 4, 4), layout)
     got = triton_worker.run("batch_norm_relu", x, weight, bias, None, 1e-5, 1, False, 4)
     assert [list(t.shape) for t in got] == [[0, 3, 4, 4], [0, 3, 4, 4], [3], [3], [0, 3, 4, 4], [0, 3, 4, 4]]
+    kept = (None, None, torch.ones(0, 3, 4, 4), 1e-5, 1, False, True, True)
+    got = triton_worker.run("batch_norm_relu_gradient", x, weight, bias, *got[2:], *kept)
+    assert [list(t.shape) for t in got] == [[0, 3, 4, 4], [0, 3, 4, 4], [3], [3]] and not got[2].any()

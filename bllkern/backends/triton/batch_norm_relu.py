@@ -1,7 +1,8 @@
-"""``batch_norm_relu``: batch normalisation, shortcut, ReLU, max pooling and pooled features from one read of x, after that
-of the statistics; the gradients from one more, or two where z has a gradient itself.
+"""``batch_norm_relu``: batch normalisation, shortcut, ReLU, max pooling and pooled features from one read of x, after
+that of the statistics; the gradients from one more, or two where z has a gradient itself.
 
-csrc/batch_norm_relu.cpp derives what is computed.
+csrc/batch_norm_relu.cpp derives what is computed.  A program takes a tile [places, channels] of images that are
+contiguous or channels-last.
 """
 
 import torch
@@ -9,49 +10,44 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._ops import pooled_shape
+from ..._ops import layout, pooled_shape
+from ._images import at, constants, launch, pieces, share, statistics, tile
 from ._launch import on_device_of
-from ._rows import mean_of
-
-BLOCK = 1024
 
 
 @triton.jit
-def _statistics(
-    x_ptr,  # [planes, places]
-    mean_ptr,  # [planes]
-    square_ptr,  # [planes]
-    places,
-    BLOCK: tl.constexpr,
+def _largest(
+    x_ptr, place, h, w, mask, column, channels, height, width, mean, scale, bias, K: tl.constexpr, LAST: tl.constexpr
 ):
-    """Mean of a plane, and the sum of squared differences from it; one program for each plane."""
-    plane = tl.program_id(0).to(tl.int64)
-    x_ptr += plane * places
-    place = tl.arange(0, BLOCK)
-    mean = mean_of(x_ptr, places, BLOCK)
-    squares = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, places, BLOCK):
-        mask = start + place < places
-        d = tl.where(mask, tl.load(x_ptr + start + place, mask=mask, other=0.0).to(tl.float32) - mean, 0.0)
-        squares += d * d
-    tl.store(mean_ptr + plane, mean)
-    tl.store(square_ptr + plane, tl.sum(squares, 0))
-
-
-@triton.jit
-def _largest(x_ptr, h, w, mask, height, width, mean, scale, bias, K: tl.constexpr):
-    """Of each window (h, w) the largest ``t = (x - mean) scale + bias``, ``x - mean`` there, and where: the first of
-    equal ones.  Places past the edges repeat those at the edge, which are no new maximum."""
-    d = tl.load(x_ptr + h * K * width + w * K, mask=mask, other=0.0).to(tl.float32) - mean
+    """Of each window (h, w), the ``place``-th, the largest ``t = (x - mean) scale + bias``, ``x - mean`` there, and
+    where: the first of equal ones.  Places past the edges repeat those at the edge, which are no new maximum."""
+    first = at(x_ptr, place if K == 1 else h * K * width + w * K, column, height * width, channels, LAST)
+    d = tl.load(first, mask=mask, other=0.0).to(tl.float32) - mean
     t = d * scale + bias
-    chosen = tl.zeros_like(h)
+    chosen = tl.zeros(d.shape, tl.int32)
     for k in tl.static_range(1, K * K):
-        down, across = tl.minimum(h * K + k // K, height - 1), tl.minimum(w * K + k % K, width - 1)
-        other = tl.load(x_ptr + down * width + across, mask=mask, other=0.0).to(tl.float32) - mean
+        down, across = tl.minimum(height - 1 - h * K, k // K), tl.minimum(width - 1 - w * K, k % K)
+        beside = (down * width + across).to(tl.int64) * (channels if LAST else 1)
+        other = tl.load(first + beside[:, None], mask=mask, other=0.0).to(tl.float32) - mean
         u = other * scale + bias
         more = u > t
         d, t, chosen = tl.where(more, other, d), tl.where(more, u, t), tl.where(more, k, chosen)
     return t, d, chosen
+
+
+@triton.jit
+def _activated(
+    x_ptr, shortcut_ptr, z_ptr, place, h, w, mask, own, column, channels, height, width, places, mean, scale, bias,
+    K: tl.constexpr, SHORTCUT: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """``t`` and ``x - mean`` of :func:`_largest`, and z, which is stored for those that are ``own``."""
+    t, d, chosen = _largest(x_ptr, place, h, w, mask, column, channels, height, width, mean, scale, bias, K, LAST)
+    if SHORTCUT:
+        shortcut = tl.load(at(shortcut_ptr, place, column, places, channels, LAST), mask=mask, other=0.0)
+        t += shortcut.to(tl.float32)
+    z = tl.where(t < 0, 0.0, t)
+    tl.store(at(z_ptr, place, column, places, channels, LAST), z, mask=own)
+    return t, d, z
 
 
 @triton.jit
@@ -60,70 +56,121 @@ def _forward(
     weight_ptr,  # [channels] float32, as are the next three
     bias_ptr,
     mean_ptr,
-    reciprocal_ptr,
+    variance_ptr,
+    eps,
     shortcut_ptr,  # like x, if SHORTCUT
     z_ptr,  # [images, channels, out_height, out_width]
-    features_ptr,  # [images, channels, P, Q], as the next two, if FEATURES
-    active_ptr,
+    channels,
+    height,
+    width,
+    out_height,
+    out_width,
+    K: tl.constexpr,
+    SHORTCUT: tl.constexpr,
+    LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Without features: one program for ROWS places of z."""
+    places = out_height * out_width
+    image, part, column = share(tl.cdiv(places, ROWS), channels, COLS)
+    mean, reciprocal, scale, bias = constants(weight_ptr, bias_ptr, mean_ptr, variance_ptr, eps, column, channels)
+    x_ptr += image * height * width * channels
+    shortcut_ptr += image * height * width * channels
+    z_ptr += image * places * channels
+    place = part * ROWS + tl.arange(0, ROWS)
+    mask = (place < places)[:, None] & (column < channels)[None, :]
+    h, w = place // out_width, place % out_width
+    _activated(
+        x_ptr, shortcut_ptr, z_ptr, place, h, w, mask, mask, column, channels, height, width, places, mean, scale, bias,
+        K, SHORTCUT, LAST,
+    )  # fmt: skip
+
+
+@triton.jit
+def _forward_bins(
+    x_ptr,  # [images, channels, height, width]
+    weight_ptr,  # [channels] float32, as are the next three
+    bias_ptr,
+    mean_ptr,
+    variance_ptr,
+    eps,
+    shortcut_ptr,  # like x, if SHORTCUT
+    z_ptr,  # [images, channels, out_height, out_width]
+    features_ptr,  # [images, channels, P, Q] float32 and contiguous
+    active_ptr,  # the same in the layout of x, as is the next
     along_ptr,
     channels,
     height,
     width,
     out_height,
     out_width,
+    most,  # places of a bin
     P: tl.constexpr,
     Q: tl.constexpr,
     BINS: tl.constexpr,
     K: tl.constexpr,
     SHORTCUT: tl.constexpr,
-    FEATURES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
-    """One program for each row of bins of each plane; where bins overlap, two write the same z."""
-    plane, p = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    channel = plane % channels
-    mean, reciprocal = tl.load(mean_ptr + channel), tl.load(reciprocal_ptr + channel)
-    scale, bias = tl.load(weight_ptr + channel) * reciprocal, tl.load(bias_ptr + channel)
-    x_ptr += plane * height * width
-    shortcut_ptr += plane * height * width
-    z_ptr += plane * out_height * out_width
+    """One program for a row of bins of an image, which takes ROWS places at a time, as many of each bin.
+
+    Where bins overlap, the first that has a place stores its z.
+    """
+    EACH: tl.constexpr = ROWS // BINS
+    places = out_height * out_width
+    image, p, column = share(P, channels, COLS)
+    mean, reciprocal, scale, bias = constants(weight_ptr, bias_ptr, mean_ptr, variance_ptr, eps, column, channels)
+    x_ptr += image * height * width * channels
+    shortcut_ptr += image * height * width * channels
+    z_ptr += image * places * channels
+    q, i = tl.arange(0, ROWS) // EACH, tl.arange(0, ROWS) % EACH
     top, bottom = p * out_height // P, ((p + 1) * out_height + P - 1) // P
-    bins = tl.arange(0, BINS)
-    sums = tl.zeros([BINS], tl.float32)
-    counts = tl.zeros([BINS], tl.float32)
-    totals = tl.zeros([BINS], tl.float32)
-    for start in range(top * out_width, bottom * out_width, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        mask = place < bottom * out_width
-        h, w = place // out_width, place % out_width
-        t, d, chosen = _largest(x_ptr, h, w, mask, height, width, mean, scale, bias, K)
-        if SHORTCUT:
-            t += tl.load(shortcut_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        z = tl.where(t < 0, 0.0, t)
-        tl.store(z_ptr + place, z, mask=mask)
+    left, breadth = q * out_width // Q, ((q + 1) * out_width + Q - 1) // Q - q * out_width // Q
+    own_top, own_left = (p * out_height + P - 1) // P, (q * out_width + Q - 1) // Q
+    sums = tl.zeros([ROWS, COLS], tl.float32)
+    counts = tl.zeros([ROWS, COLS], tl.float32)
+    totals = tl.zeros([ROWS, COLS], tl.float32)
+    for start in range(0, most, EACH):
+        h, w = top + (start + i) // breadth, left + (start + i) % breadth
+        inside = (q < Q) & (h < bottom)
+        mask = inside[:, None] & (column < channels)[None, :]
+        own = mask & ((h >= own_top) & (w >= own_left))[:, None]
+        t, d, z = _activated(
+            x_ptr, shortcut_ptr, z_ptr, h * out_width + w, h, w, mask, own, column, channels, height, width, places,
+            mean, scale, bias, K, SHORTCUT, LAST,
+        )  # fmt: skip
         on = mask & (t > 0)
-        if FEATURES:
-            for q in tl.static_range(Q):
-                inside = (w >= q * out_width // Q) & (w < ((q + 1) * out_width + Q - 1) // Q)
-                this = bins == q
-                sums += tl.where(this, tl.sum(tl.where(mask & inside, z, 0.0), 0), 0.0)
-                counts += tl.where(this, tl.sum(tl.where(on & inside, 1.0, 0.0), 0), 0.0)
-                totals += tl.where(this, tl.sum(tl.where(on & inside, d, 0.0), 0), 0.0)
-    if FEATURES:
-        breadth = ((bins + 1) * out_width + Q - 1) // Q - bins * out_width // Q
-        share = 1 / ((bottom - top) * breadth).to(tl.float32)
-        out = (plane * P + p) * Q + bins
-        tl.store(features_ptr + out, sums * share, mask=bins < Q)
-        tl.store(active_ptr + out, counts * share, mask=bins < Q)
-        tl.store(along_ptr + out, totals * share * reciprocal, mask=bins < Q)
+        sums += tl.where(mask, z, 0.0)
+        counts += tl.where(on, 1.0, 0.0)
+        totals += tl.where(on, d, 0.0)
+    bins = tl.arange(0, BINS)
+    size = (bottom - top) * (((bins + 1) * out_width + Q - 1) // Q - bins * out_width // Q)
+    part = (1 / size.to(tl.float32))[:, None]
+    mask = (bins < Q)[:, None] & (column < channels)[None, :]
+    features_ptr += image * channels * (P * Q)
+    active_ptr += image * channels * (P * Q)
+    along_ptr += image * channels * (P * Q)
+    features = tl.sum(tl.reshape(sums, (BINS, EACH, COLS)), 1) * part
+    active = tl.sum(tl.reshape(counts, (BINS, EACH, COLS)), 1) * part
+    along = tl.sum(tl.reshape(totals, (BINS, EACH, COLS)), 1) * part * reciprocal
+    tl.store(at(features_ptr, p * Q + bins, column, P * Q, channels, False), features, mask=mask)
+    tl.store(at(active_ptr, p * Q + bins, column, P * Q, channels, LAST), active, mask=mask)
+    tl.store(at(along_ptr, p * Q + bins, column, P * Q, channels, LAST), along, mask=mask)
 
 
 @triton.jit
-def _opened(x_ptr, z_ptr, h, w, mask, height, width, mean, scale, bias, K: tl.constexpr, SHORTCUT: tl.constexpr):
+def _opened(
+    x_ptr, z_ptr, place, h, w, mask, column, channels, height, width, mean, scale, bias, K: tl.constexpr,
+    SHORTCUT: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
     """:func:`_largest`, its value before ReLU that of z where there was a shortcut (and windows of 1 place)."""
-    t, d, chosen = _largest(x_ptr, h, w, mask, height, width, mean, scale, bias, K)
+    t, d, chosen = _largest(x_ptr, place, h, w, mask, column, channels, height, width, mean, scale, bias, K, LAST)
     if SHORTCUT:
-        t = tl.load(z_ptr + h * width + w, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(at(z_ptr, place, column, height * width, channels, LAST), mask=mask, other=0.0)
+        t = z.to(tl.float32)
     return t, d, chosen
 
 
@@ -133,40 +180,49 @@ def _sums(
     weight_ptr,  # [channels] float32, as are the next three
     bias_ptr,
     mean_ptr,
-    reciprocal_ptr,
+    variance_ptr,
+    eps,
     z_ptr,  # like by_z, if SHORTCUT
     by_z_ptr,  # [images, channels, out_height, out_width]
-    by_bias_ptr,  # [planes] float32, as is the next
+    by_bias_ptr,  # [images * parts, channels] float32, as is the next
     by_weight_ptr,
     channels,
     height,
     width,
     out_height,
     out_width,
+    length,
     K: tl.constexpr,
     SHORTCUT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
-    """What each plane adds to the gradients by bias and weight through z; one program for each plane."""
-    plane = tl.program_id(0).to(tl.int64)
-    channel = plane % channels
-    mean, reciprocal = tl.load(mean_ptr + channel), tl.load(reciprocal_ptr + channel)
-    scale, bias = tl.load(weight_ptr + channel) * reciprocal, tl.load(bias_ptr + channel)
-    x_ptr += plane * height * width
-    z_ptr += plane * out_height * out_width
-    by_z_ptr += plane * out_height * out_width
-    sums = tl.zeros([BLOCK], tl.float32)
-    alongs = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, out_height * out_width, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        mask = place < out_height * out_width
+    """What ``length`` places of an image add to the gradients by bias and weight through z; one program for them."""
+    places = out_height * out_width
+    parts = tl.cdiv(places, length)
+    image, part, column = share(parts, channels, COLS)
+    mean, reciprocal, scale, bias = constants(weight_ptr, bias_ptr, mean_ptr, variance_ptr, eps, column, channels)
+    x_ptr += image * height * width * channels
+    z_ptr += image * places * channels
+    by_z_ptr += image * places * channels
+    sums = tl.zeros([ROWS, COLS], tl.float32)
+    alongs = tl.zeros([ROWS, COLS], tl.float32)
+    for start in range(part * length, tl.minimum((part + 1) * length, places), ROWS):
+        place = start + tl.arange(0, ROWS)
+        mask = (place < places)[:, None] & (column < channels)[None, :]
         h, w = place // out_width, place % out_width
-        t, d, chosen = _opened(x_ptr, z_ptr, h, w, mask, height, width, mean, scale, bias, K, SHORTCUT)
-        g = tl.where(t > 0, tl.load(by_z_ptr + place, mask=mask, other=0.0).to(tl.float32), 0.0)
+        t, d, chosen = _opened(
+            x_ptr, z_ptr, place, h, w, mask, column, channels, height, width, mean, scale, bias, K, SHORTCUT, LAST
+        )
+        by_z = tl.load(at(by_z_ptr, place, column, places, channels, LAST), mask=mask, other=0.0).to(tl.float32)
+        g = tl.where(t > 0, by_z, 0.0)
         sums += g
         alongs += g * d
-    tl.store(by_bias_ptr + plane, tl.sum(sums, 0))
-    tl.store(by_weight_ptr + plane, tl.sum(alongs, 0) * reciprocal)
+    out = ((image * parts + part) * channels + column)[None, :]
+    mask = (column < channels)[None, :]
+    tl.store(by_bias_ptr + out, tl.sum(sums, 0)[None, :], mask=mask)
+    tl.store(by_weight_ptr + out, tl.sum(alongs, 0)[None, :] * reciprocal, mask=mask)
 
 
 @triton.jit
@@ -175,14 +231,15 @@ def _backward(
     weight_ptr,  # [channels] float32, as are the next three
     bias_ptr,
     mean_ptr,
-    reciprocal_ptr,
+    variance_ptr,
+    eps,
     z_ptr,  # [images, channels, out_height, out_width], if SHORTCUT
     by_z_ptr,  # the same, if BY_Z
-    by_features_ptr,  # [images, channels, P, Q] float32, if FEATURES
-    by_weight_ptr,  # [channels] float32
-    by_bias_ptr,  # [channels] float32
+    by_features_ptr,  # [images, channels, P, Q] float32 and contiguous, if FEATURES
     grad_ptr,  # like x, if GRAD_X
     grad_shortcut_ptr,  # like x, if GRAD_SHORTCUT
+    by_weight_ptr,  # [channels] float32
+    by_bias_ptr,  # [channels] float32
     channels,
     height,
     width,
@@ -191,88 +248,116 @@ def _backward(
     values,
     P: tl.constexpr,
     Q: tl.constexpr,
+    OVERLAP: tl.constexpr,
     K: tl.constexpr,
     SHORTCUT: tl.constexpr,
     BY_Z: tl.constexpr,
     FEATURES: tl.constexpr,
     GRAD_X: tl.constexpr,
     GRAD_SHORTCUT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
-    """One program for BLOCK windows of a plane, those that are cut off at the edges among them."""
-    plane = tl.program_id(0).to(tl.int64)
-    channel = plane % channels
-    mean, reciprocal = tl.load(mean_ptr + channel), tl.load(reciprocal_ptr + channel)
-    scale, bias = tl.load(weight_ptr + channel) * reciprocal, tl.load(bias_ptr + channel)
-    constant = -scale * tl.load(by_bias_ptr + channel) / values
-    slope = -scale * reciprocal * tl.load(by_weight_ptr + channel) / values
-    x_ptr += plane * height * width
-    z_ptr += plane * out_height * out_width
-    by_z_ptr += plane * out_height * out_width
-    grad_ptr += plane * height * width
-    grad_shortcut_ptr += plane * height * width
-    by_features_ptr += plane * P * Q
+    """One program for ROWS windows of an image, those that are cut off at the edges among them."""
     down, across = tl.cdiv(height, K), tl.cdiv(width, K)
-    window = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = window < down * across
+    image, part, column = share(tl.cdiv(down * across, ROWS), channels, COLS)
+    mean, reciprocal, scale, bias = constants(weight_ptr, bias_ptr, mean_ptr, variance_ptr, eps, column, channels)
+    known = column < channels
+    constant = -scale * tl.load(by_bias_ptr + column, mask=known, other=0.0)[None, :] / values
+    slope = -scale * reciprocal * tl.load(by_weight_ptr + column, mask=known, other=0.0)[None, :] / values
+    places, out_places = height * width, out_height * out_width
+    x_ptr += image * places * channels
+    z_ptr += image * out_places * channels
+    by_z_ptr += image * out_places * channels
+    grad_ptr += image * places * channels
+    grad_shortcut_ptr += image * places * channels
+    by_features_ptr += image * channels * (P * Q)
+    window = part * ROWS + tl.arange(0, ROWS)
+    mask = (window < down * across)[:, None] & known[None, :]
     h, w = window // across, window % across
-    t, d, chosen = _opened(x_ptr, z_ptr, h, w, mask, height, width, mean, scale, bias, K, SHORTCUT)
-    g = tl.zeros([BLOCK], tl.float32)
-    on = mask & (h < out_height) & (w < out_width) & (t > 0)
-    if BY_Z:
-        g += tl.load(by_z_ptr + h * out_width + w, mask=on, other=0.0).to(tl.float32)
+    t, d, chosen = _opened(
+        x_ptr, z_ptr, window, h, w, mask, column, channels, height, width, mean, scale, bias, K, SHORTCUT, LAST
+    )
+    g = tl.zeros([ROWS, COLS], tl.float32)
+    place = window if K == 1 else h * out_width + w
+    has_z = mask if K == 1 else mask & ((h < out_height) & (w < out_width))[:, None]
+    if BY_Z:  # of places that ReLU closed too: so many at once are read together
+        by_z = tl.load(at(by_z_ptr, place, column, out_places, channels, LAST), mask=has_z, other=0.0).to(tl.float32)
+        g += tl.where(t > 0, by_z, 0.0)
     if FEATURES:
         # a place lies in the bin of its share of the side, and in the next one where that begins before the bin ends
-        for i in tl.static_range(4):
+        for i in tl.static_range(4 if OVERLAP else 1):
             p, q = h * P // out_height + i // 2, w * Q // out_width + i % 2
             top, left = p * out_height // P, q * out_width // Q
-            inside = on & (p < P) & (q < Q) & (top <= h) & (left <= w)
+            inside = (p < P) & (q < Q) & (top <= h) & (left <= w)
             size = (((p + 1) * out_height + P - 1) // P - top) * (((q + 1) * out_width + Q - 1) // Q - left)
-            g += tl.load(by_features_ptr + p * Q + q, mask=inside, other=0.0) / size.to(tl.float32)
+            bins = at(by_features_ptr, p * Q + q, column, P * Q, channels, False)
+            on = has_z & (t > 0) & inside[:, None]
+            g += tl.load(bins, mask=on, other=0.0) * (1 / size.to(tl.float32))[:, None]
     if GRAD_SHORTCUT:
-        tl.store(grad_shortcut_ptr + h * width + w, g, mask=mask)
+        tl.store(at(grad_shortcut_ptr, window, column, places, channels, LAST), g, mask=mask)
     if GRAD_X:
         for k in tl.static_range(K * K):
-            row, column = h * K + k // K, w * K + k % K
-            mask_k = mask & (row < height) & (column < width)
-            x = tl.load(x_ptr + row * width + column, mask=mask_k, other=0.0).to(tl.float32)
+            row, edge = h * K + k // K, w * K + k % K
+            here = window if K == 1 else row * width + edge
+            mask_k = mask if K == 1 else mask & ((row < height) & (edge < width))[:, None]
+            x = tl.load(at(x_ptr, here, column, places, channels, LAST), mask=mask_k, other=0.0).to(tl.float32)
             by_x = (x - mean) * slope + constant + tl.where(chosen == k, g * scale, 0.0)
-            tl.store(grad_ptr + row * width + column, by_x, mask=mask_k)
+            tl.store(at(grad_ptr, here, column, places, channels, LAST), by_x, mask=mask_k)
 
 
 def _float(*tensors):
     return [t.float().contiguous() for t in tensors]
 
 
+def _in(form, *tensors):
+    return [t if t is None else t.contiguous(memory_format=form) for t in tensors]
+
+
+def _filled(x, *tensors):
+    """The tensors, ``x`` in place of those not given, which no kernel reads, and which are given."""
+    return [x if t is None else t for t in tensors], [t is not None for t in tensors]
+
+
 def batch_norm_relu(x, weight, bias, shortcut, eps, max_pool, ceil_mode, pool):
     """See ``bllkern/_ops.py``."""
-    (images, channels, height, width), x = x.shape, x.contiguous()
+    form, (images, channels, height, width) = layout(x), x.shape
     shape, bins = pooled_shape(x, max_pool, ceil_mode, pool)
-    z = x.new_empty(shape)
-    features, active, along = (x.new_zeros(bins, dtype=torch.float32) for _ in range(3))
+    z, active, along = (
+        torch.empty(sides, dtype=dtype, device=x.device, memory_format=form)
+        for sides, dtype in ((shape, x.dtype), (bins, torch.float32), (bins, torch.float32))
+    )
+    features = x.new_empty(bins, dtype=torch.float32)
     if x.numel() == 0:
-        mean = features.new_zeros(channels)
-        return z, features, mean, mean.clone(), active, along
+        mean, variance = (features.new_zeros(channels) for _ in range(2))
+        return z, features.zero_(), mean, variance, active.zero_(), along.zero_()
+    x, shortcut = _in(form, x, shortcut)
+    last = form == torch.channels_last
     with on_device_of(x):
-        planes, places = images * channels, height * width
-        means, squares = features.new_empty(2, images, channels)
-        _statistics[(planes,)](x, means, squares, places, _block(places), num_warps=4)
-        mean = means.mean(0)
-        variance = (squares.sum(0) + places * (means - mean).square().sum(0)) / (images * places)
-        weight, bias = _float(weight, bias)
-        down, across = (max(count, 1) for count in bins[2:])
-        block = _block(shape[3] * triton.cdiv(shape[2], down))
-        _forward[(planes, down)](
-            x, weight, bias, mean, torch.rsqrt(variance + eps), _or(shortcut, x), z, features, active, along,
-            channels, height, width, *shape[2:], down, across, triton.next_power_of_2(across), max_pool,
-            shortcut is not None, pool > 0, block, num_warps=4,
-        )  # fmt: skip
+        mean, variance = statistics(x, last)
+        (shortcut, *_), given = _filled(x, shortcut)
+        arguments = (x, *_float(weight, bias), mean, variance, eps, shortcut, z)
+        sizes, settings = (channels, height, width, *shape[2:]), (max_pool, *given, last)
+        if pool:
+            (down, across), across_2 = bins[2:], triton.next_power_of_2(bins[3])
+            most = _most(shape[2], down) * _most(shape[3], across)
+            rows, cols = tile(across_2 * triton.next_power_of_2(most), channels, last)
+            tiles = max(rows, across_2), cols
+            settings = (most, down, across, across_2, *settings)
+            launch(
+                _forward_bins, images * down, channels, tiles, *arguments, features, active, along, *sizes, *settings
+            )
+        else:
+            tiles = tile(shape[2] * shape[3], channels, last)
+            parts = triton.cdiv(shape[2] * shape[3], tiles[0])
+            launch(_forward, images * parts, channels, tiles, *arguments, *sizes, *settings)
     return z, features, mean, variance, active, along
 
 
-def _or(x, other):
-    """``x`` contiguous, or in its place ``other``, which the kernel does not read."""
-    return other if x is None else x.contiguous()
+def _most(side: int, bins: int) -> int:
+    """Places of the longest of so many bins along a side."""
+    return max(-(-(i + 1) * side // bins) - i * side // bins for i in range(bins))
 
 
 def batch_norm_relu_gradient(
@@ -293,36 +378,36 @@ def batch_norm_relu_gradient(
     grad_shortcut,
 ):
     """See ``bllkern/_ops.py``."""
-    (images, channels, height, width), x = x.shape, x.contiguous()
+    form, (images, channels, height, width) = layout(x), x.shape
+    x, z, by_z = _in(form, x, z, by_z)
     by_x, by_shortcut = (torch.empty_like(x) if wanted else None for wanted in (grad_x, grad_shortcut))
-    by_weight, by_bias = (x.new_zeros(channels, dtype=torch.float32) for _ in range(2))
-    if x.numel() == 0:
-        return by_x, by_shortcut, by_weight, by_bias
-    sides, planes = pooled_shape(x, max_pool, ceil_mode, 1)[0][2:], images * channels
-    reciprocal = torch.rsqrt(variance + eps)
-    weight, bias, mean, reciprocal = _float(weight, bias, mean, reciprocal)
-    channelwise = (x, weight, bias, mean, reciprocal, _or(z, x))
+    if x.numel() == 0 or by_z is None and by_features is None:
+        zeros = [x.new_zeros(channels, dtype=torch.float32) for _ in range(2)]
+        return *(t if t is None else t.zero_() for t in (by_x, by_shortcut)), *zeros
+    last, sides = form == torch.channels_last, pooled_shape(x, max_pool, ceil_mode, 1)[0][2:]
     sizes = (channels, height, width, *sides)
+    arguments = (x, *_float(weight, bias, mean, variance), eps)
+    found = []  # by bias and by weight
     if by_features is not None:
-        by_features, active, along = _float(by_features, active, along)
-        by_weight, by_bias = ((by_features * kept).sum((0, 2, 3)) for kept in (along, active))
+        (by_features,) = _float(by_features)
+        found.append([(by_features * kept).sum((0, 2, 3)) for kept in (active, along)])
+    (z, by_z, by_features, *gradients), given = _filled(x, z, by_z, by_features, by_x, by_shortcut)
     with on_device_of(x):
-        if by_z is not None:
-            by_z, sums = by_z.contiguous(), x.new_empty(2, images, channels, dtype=torch.float32)
-            block = _block(sides[0] * sides[1])
-            _sums[(planes,)](*channelwise, by_z, *sums, *sizes, max_pool, z is not None, block, num_warps=4)
-            by_bias, by_weight = by_bias + sums[0].sum(0), by_weight + sums[1].sum(0)
+        if given[1]:
+            tiles = tile(sides[0] * sides[1], channels, last)
+            parts, length = pieces(sides[0] * sides[1], tiles[0], images * triton.cdiv(channels, tiles[1]))
+            sums = x.new_empty(2, images * parts, channels, dtype=torch.float32)
+            settings = (length, max_pool, given[0], last)
+            launch(_sums, images * parts, channels, tiles, *arguments, z, by_z, *sums, *sizes, *settings)
+            found.append([each.sum(0) for each in sums])
+        by_bias, by_weight = found[0] if len(found) == 1 else map(torch.add, *found)
         if grad_x or grad_shortcut:
             windows = triton.cdiv(height, max_pool) * triton.cdiv(width, max_pool)
-            block = _block(windows)
-            bins = (1, 1) if by_features is None else by_features.shape[2:]
-            _backward[(planes, triton.cdiv(windows, block))](
-                *channelwise, _or(by_z, x), _or(by_features, x), by_weight, by_bias, _or(by_x, x), _or(by_shortcut, x),
-                *sizes, images * height * width, *bins, max_pool, z is not None, by_z is not None,
-                by_features is not None, grad_x, grad_shortcut, block, num_warps=4,
-            )  # fmt: skip
+            tiles = tile(windows, channels, last)
+            bins = by_features.shape[2:] if given[2] else (1, 1)
+            overlap = any(side % count for side, count in zip(sides, bins, strict=True))
+            settings = (images * height * width, *bins, overlap, max_pool, *given, last)
+            tensors = (z, by_z, by_features, *gradients, by_weight, by_bias)
+            parts = triton.cdiv(windows, tiles[0])
+            launch(_backward, images * parts, channels, tiles, *arguments, *tensors, *sizes, *settings)
     return by_x, by_shortcut, by_weight, by_bias
-
-
-def _block(places: int) -> int:
-    return min(triton.next_power_of_2(places), BLOCK)

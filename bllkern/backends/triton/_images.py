@@ -1,0 +1,160 @@
+"""Images as tiles [places, channels] in either layout, contiguous or channels-last, and statistics of their channels.
+
+``LAST`` tells a kernel that the channels of a place lie side by side; else the places of a channel do.
+"""
+
+import torch
+
+import triton
+import triton.language as tl
+
+from ._launch import TILE, WARPS, splits
+
+LINE = 64  # channels that a channels-last tile has, if there are as many: 128 bytes of half precision
+
+
+def tile(places: int, channels: int, last: bool) -> tuple[int, int]:
+    """Powers of two ``(ROWS, COLS)``, at most TILE together: what lies side by side comes first."""
+    rows, cols = triton.next_power_of_2(places), triton.next_power_of_2(channels)
+    cols = min(cols, max(LINE if last else 1, TILE // rows))
+    return max(1, min(rows, TILE // cols)), cols
+
+
+def pieces(length: int, rows: int, tiles: int) -> tuple[int, int]:
+    """How many pieces, and of what length, a multiple of ``rows``, so that with as many ``tiles`` they fill a GPU;
+    several times, so that it is not the last few that take long, where that leaves each at least 8 times ``rows``."""
+    count = max(splits(tiles, length, rows), min(4096 // tiles, length // (8 * rows)))
+    piece = rows * triton.cdiv(length, rows * count)
+    return triton.cdiv(length, piece), piece
+
+
+def launch(kernel, parts: int, channels: int, shape: tuple[int, int], *arguments, each: int = TILE // WARPS // 32):
+    """``kernel`` for so many parts of images, each in as many tiles of channels as it takes; a thread has ``each``
+    elements of a tile."""
+    warps = max(1, min(WARPS, shape[0] * shape[1] // (32 * each)))
+    kernel[(parts * triton.cdiv(channels, shape[1]),)](*arguments, *shape, num_warps=warps)
+
+
+@triton.jit
+def share(parts, channels, COLS: tl.constexpr):
+    """Of this program the image, which of its parts, and the channels; those of one part follow each other."""
+    program, tiles = tl.program_id(0), tl.cdiv(channels, COLS)
+    column = program % tiles * COLS + tl.arange(0, COLS)
+    return (program // tiles // parts).to(tl.int64), program // tiles % parts, column
+
+
+@triton.jit
+def at(image_ptr, place, column, places, channels, LAST: tl.constexpr):
+    """Pointers [ROWS, COLS] into an image of so many places and channels."""
+    if LAST:
+        return (image_ptr + place.to(tl.int64) * channels)[:, None] + column[None, :]
+    else:
+        return (image_ptr + column.to(tl.int64) * places)[None, :] + place[:, None]
+
+
+@triton.jit
+def constants(weight_ptr, bias_ptr, mean_ptr, variance_ptr, eps, column, channels):
+    """Of channels: mean, reciprocal deviation, what ``x - mean`` is scaled by, and bias, [1, COLS] each."""
+    mask = column < channels
+    reciprocal = tl.rsqrt(tl.load(variance_ptr + column, mask=mask, other=1.0) + eps)
+    scale = tl.load(weight_ptr + column, mask=mask, other=0.0) * reciprocal
+    bias = tl.load(bias_ptr + column, mask=mask, other=0.0)
+    mean = tl.load(mean_ptr + column, mask=mask, other=0.0)
+    return mean[None, :], reciprocal[None, :], scale[None, :], bias[None, :]
+
+
+@triton.jit
+def _statistics(
+    x_ptr,  # [images, places, channels] or [images, channels, places]
+    means_ptr,  # [pieces, channels] float32, as is the next
+    squares_ptr,
+    places,
+    channels,
+    length,
+    LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Mean of a piece of ``length`` places, and the sum of squared differences from it; one program for each piece.
+
+    The piece is read once: with d the differences from the mean of its first ROWS places, of n places the mean of d is
+    to be added to that, and ``n mean(d)^2`` to be taken from the sum of ``d^2``.  Of that sum it is at most the part
+    ``1 - ROWS / n``, as the first places differ from the mean too: ``log2(n / ROWS)`` bits cancel.
+    """
+    parts = tl.cdiv(places, length)
+    image, part, column = share(parts, channels, COLS)
+    x_ptr += image * places * channels
+    first = part.to(tl.int64) * length
+    here = tl.minimum(places - first, length).to(tl.int32)
+    row, known = tl.arange(0, ROWS), (column < channels)[None, :]
+    mask = (row < here)[:, None] & known
+    x = tl.load(at(x_ptr, first + row, column, places, channels, LAST), mask=mask, other=0.0).to(tl.float32)
+    center = tl.sum(x, 0) / tl.minimum(here, ROWS)
+    sums = tl.where(mask, x - center[None, :], 0.0)
+    squares = sums * sums
+    for start in range(ROWS, here, ROWS):
+        mask = (start + row < here)[:, None] & known
+        x_there = at(x_ptr, first + start + row, column, places, channels, LAST)
+        d = tl.where(mask, tl.load(x_there, mask=mask, other=0.0).to(tl.float32) - center[None, :], 0.0)
+        sums += d
+        squares += d * d
+    off = tl.sum(sums, 0) / here
+    square = tl.sum(squares, 0) - off * off * here
+    out = (image * parts + part) * channels + column
+    tl.store(means_ptr + out, center + off, mask=column < channels)
+    tl.store(squares_ptr + out, tl.where(square < 0, 0.0, square), mask=column < channels)
+
+
+@triton.jit
+def _combined(
+    means_ptr,  # [pieces, channels] float32, as is the next
+    squares_ptr,
+    mean_ptr,  # [channels] float32, as is the next
+    variance_ptr,
+    pieces,
+    channels,
+    length,
+    values,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Mean and variance of ``values`` values from what :func:`_statistics` finds of pieces; the last may be shorter."""
+    column = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    known = column < channels
+    center = tl.load(means_ptr + column, mask=known, other=0.0)  # that of a piece, so that what is added up is small
+    offs = tl.zeros([ROWS, COLS], tl.float32)
+    for start in range(0, pieces, ROWS):
+        piece = start + tl.arange(0, ROWS)
+        mask = (piece < pieces)[:, None] & known[None, :]
+        own = tl.load(at(means_ptr, piece, column, pieces, channels, True), mask=mask, other=0.0)
+        count = tl.minimum(values - piece.to(tl.int64) * length, length).to(tl.float32)
+        offs += tl.where(mask, own - center[None, :], 0.0) * (count / values)[:, None]
+    mean = center + tl.sum(offs, 0)
+    squares = tl.zeros([ROWS, COLS], tl.float32)
+    for start in range(0, pieces, ROWS):
+        piece = start + tl.arange(0, ROWS)
+        mask = (piece < pieces)[:, None] & known[None, :]
+        own = tl.load(at(means_ptr, piece, column, pieces, channels, True), mask=mask, other=0.0)
+        own_squares = tl.load(at(squares_ptr, piece, column, pieces, channels, True), mask=mask, other=0.0)
+        count = tl.minimum(values - piece.to(tl.int64) * length, length).to(tl.float32)
+        off = tl.where(mask, own - mean[None, :], 0.0)
+        squares += own_squares + off * off * count[:, None]
+    tl.store(mean_ptr + column, mean, mask=known)
+    tl.store(variance_ptr + column, tl.sum(squares, 0) / values, mask=known)
+
+
+def statistics(x, last: bool):
+    """Mean and variance [C] of ``x`` [N, C, H, W], which has elements."""
+    images, channels, height, width = x.shape
+    # of channels-last images the places follow each other from one to the next
+    images, places = (1, images * height * width) if last else (images, height * width)
+    shape = tile(places, channels, last)
+    parts, length = pieces(places, shape[0], triton.cdiv(channels, shape[1])) if last else (1, places)
+    means, squares = (x.new_empty(images * parts, channels, dtype=torch.float32) for _ in range(2))
+    each = 16 if last else 8  # twice 16 bytes are on their way to a thread that does little else
+    launch(_statistics, images * parts, channels, shape, x, means, squares, places, channels, length, last, each=each)
+    mean, variance = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
+    shape = min(triton.next_power_of_2(images * parts), 512), min(triton.next_power_of_2(channels), 8)
+    found = (means, squares, mean, variance, images * parts, channels, length, images * places)
+    launch(_combined, 1, channels, shape, *found)
+    return mean, variance
