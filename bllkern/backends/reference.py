@@ -294,10 +294,10 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def pack(x: Tensor, word_bytes: int, out: Tensor) -> int:
-    """The words of contiguous ``x`` that are not zero, behind a bit for each word that says whether it is (csrc/pack.h).
+    """The words of contiguous ``x`` that are not zero, behind a bit for each word that says whether it is.
 
     Words are whole numbers of 1, 2, 4 or 8 bytes, whatever they mean in ``x``: every bit comes through.  Returns how
-    many bytes of ``out``, uint8 [room], were written, or -1 where there is no room for them.
+    many bytes of ``out``, uint8 [room], were written (csrc/pack.h says how), or -1 where there is no room for them.
     """
     words = x.reshape(-1).view(torch.uint8).view(_WORDS[word_bytes])
     kept = F.pad(words != 0, (0, -len(words) % 64))

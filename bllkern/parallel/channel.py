@@ -77,6 +77,7 @@ class Inbox:
         for piece in others:
             self._fetch()
             piece.copy_(self._chunk[: len(piece)])
+        self._chunk.zero_()
         return data
 
     def _fetch(self) -> None:

@@ -35,6 +35,12 @@ def join(header: Header, tensors: list[Tensor]) -> Tensor:
     return out[: place + CHECKSUM_BYTES]
 
 
+def carried(tensor: Tensor) -> int:
+    """Bytes of a contiguous tensor on its way."""
+    used = _kernels.pack(tensor, _word_bytes(tensor.dtype), torch.empty(tensor.nbytes, dtype=torch.uint8)[:-1])
+    return tensor.nbytes if used < 0 else used
+
+
 def length(header: Header) -> int:
     """Bytes of the whole message."""
     return HEADER_BYTES + sum(_sizes(header)) + CHECKSUM_BYTES
