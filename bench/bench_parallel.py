@@ -8,7 +8,8 @@ job begins, and empties them when it ends is no part of a step.
 (what a step would take on cores of its own), the bytes of a step that go through sockets or through shared memory, and
 what ``bllkern plan`` predicts for each from blocks measured in the same rounds: by one process for what one process
 does, by all ranks at once for what all do.  Ratios and errors are medians over the rounds.  Two cores at work are slower
-than twice one: ``times_two_processes`` is what two processes that exchange nothing reach.
+than twice one: ``times_two_processes`` is what two processes that exchange nothing reach.  Rounds during which other
+processes take more than a twentieth of the machine are left out and made up for, as far as there is time.
 
 glibc is told to keep what is freed.  Otherwise it gives the pages of freed activations back to the system or not, as
 the order on its heap has it by chance, and faulting them in again takes up to a fifth of a step of any variant.
@@ -39,7 +40,8 @@ LAYERS, CHANNELS, SIDE, CLASSES = 8, 32, 32, 10
 MICRO_BATCH, MICRO_BATCHES = 16, 4
 TWO = "two processes, each by itself"
 SOCKETS = "block-parallel, through sockets"  # as between machines
-ROUNDS, STEPS = 7, 6
+ROUNDS, MOST, STEPS = 5, 10, 6  # rounds that count, rounds in all
+CALM = 0.05  # of the machine, for all other processes
 KEEP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 
 
@@ -191,6 +193,23 @@ def _predictions(alone, together):
     return {name: predict(*plan, **options).seconds for name, plan in plans.items()}
 
 
+def _busy():
+    """Seconds, and CPU seconds of this process and of all, so far."""
+    with open("/proc/stat") as file:
+        user, nice, system = map(int, file.readline().split()[1:4])
+    ticks = os.sysconf("SC_CLK_TCK")
+    return torch.tensor([time.perf_counter(), time.process_time(), (user + nice + system) / ticks], dtype=torch.float64)
+
+
+def _others(before):
+    """The share of the machine that processes other than the ranks have had since."""
+    seconds, own, every = _busy() - before
+    dist.all_reduce(own)
+    share = (every - own) / seconds / os.cpu_count()
+    dist.broadcast(share, 0)
+    return float(share)
+
+
 def _rank(rank, ranks, folder, objective):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
@@ -206,8 +225,10 @@ def _rank(rank, ranks, folder, objective):
         variants[TWO] = one_process(objective, x, y, (0, 1))
     for run, *_ in variants.values():
         run(1)
-    rounds = []
-    for _ in range(ROUNDS):
+    rounds, calm = [], 0
+    while calm < ROUNDS and len(rounds) < MOST:
+        dist.barrier()
+        before, this = _busy(), {}
         predicted = _predictions(*_measured(objective, (x[:MICRO_BATCH], y[:MICRO_BATCH])))
         for name, (run, *_) in variants.items():
             dist.barrier()
@@ -217,13 +238,15 @@ def _rank(rank, ranks, folder, objective):
             used = torch.tensor([time.perf_counter() - start, time.process_time() - cpu]) / STEPS
             dist.all_reduce(used, dist.ReduceOp.MAX)
             seconds, busy = used.tolist()
-            rounds.append({"name": name, "seconds": seconds, "cpu": busy, "predicted": predicted[name]})
+            this[name] = {"seconds": seconds, "cpu": busy, "predicted": predicted[name]}
+        rounds.append({"others": _others(before), "variants": this})
+        calm += rounds[-1]["others"] < CALM
     sent = {}
     for name, (_, bytes_sent, close) in variants.items():
         close()
         total = torch.tensor(bytes_sent())
         dist.all_reduce(total)
-        sent[name] = dict(zip(("sockets", "memory"), (total // (1 + ROUNDS * (1 + STEPS))).tolist()))
+        sent[name] = dict(zip(("sockets", "memory"), (total // (1 + len(rounds) * (1 + STEPS))).tolist()))
     if rank == 0:
         with open(f"{folder}/results.json", "w") as file:
             json.dump({"rounds": rounds, "bytes": sent}, file)
@@ -239,14 +262,16 @@ def test_ranks(benchmark, objective, ranks, tmp_path, monkeypatch):
     benchmark.pedantic(lambda: mp.spawn(_rank, (ranks, tmp_path, objective), nprocs=ranks), rounds=1, iterations=1)
     with open(tmp_path / "results.json") as file:
         results = json.load(file)
-    by_name = {name: [r for r in results["rounds"] if r["name"] == name] for name in results["bytes"]}
+    counted = sorted(results["rounds"], key=lambda found: found["others"])[:ROUNDS]
     of = {
-        kind: {name: [r[kind] for r in own] for name, own in by_name.items()}
+        kind: {name: [r["variants"][name][kind] for r in counted] for name in results["bytes"]}
         for kind in ("seconds", "cpu", "predicted")
     }
     seconds = of["seconds"]
     benchmark.extra_info.update(
         load=os.getloadavg()[0],
+        rounds=len(results["rounds"]),
+        others=[r["others"] for r in counted],
         median_seconds={name: median(times) for name, times in seconds.items()},
         least_seconds={name: min(times) for name, times in seconds.items()},
         least_cpu_seconds={name: min(times) for name, times in of["cpu"].items()},
@@ -280,5 +305,6 @@ def _table(title, found):
         lines += [f"| {name} | {' | '.join(cells)} |"]
     names = ("times_one_process", "times_1f1b", "times_two_processes")
     ratios = [f"{name.replace('_', ' ')} {found[name]:.2f}" for name in names if name in found]
+    others = f"{max(found['others']):.0%} of the machine in {len(found['others'])} of {found['rounds']} rounds"
     share = f"through sockets {found['share_of_bytes']:.3f} of 1F1B's bytes"
-    return "\n".join([*lines, "", f"Block-parallel: {', '.join(ratios)}; {share}."])
+    return "\n".join([*lines, "", f"Block-parallel: {', '.join(ratios)}; {share}. Others had at most {others}."])
