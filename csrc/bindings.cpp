@@ -14,6 +14,7 @@
 #include "linear_cross_entropy.h"
 #include "linear_head.h"
 #include "memory.h"
+#include "pack.h"
 #include "normalize.h"
 #include "plain_tensor.h"
 #include "prototypes.h"
@@ -192,6 +193,13 @@ void prototypes_at(int64_t x, int64_t labels, int64_t prototypes, int64_t counts
     without_lock_if_long(rows * width, [&] { BLLKERN_DISPATCH(prototypes)(job); });
 }
 
+template <class Pass> auto with_pack_job(Pass pass) {
+    return [pass](int64_t words, int64_t packed, int64_t count, int64_t word_bytes, int64_t bytes) {
+        PackJob job = {pointer<void>(words), pointer<void>(packed), count, word_bytes, bytes};
+        return without_lock_if_long(count, [&] { return pass(job); });
+    };
+}
+
 template <class Pass> auto with_spatial_mean_job(Pass pass) {
     return [pass](int64_t x, int64_t mean, int64_t maps, int64_t places, int dtype) {
         SpatialMeanJob job = {pointer<void>(x), pointer<void>(mean), maps, places, static_cast<DType>(dtype)};
@@ -249,6 +257,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("normalize_gradient", &normalize_gradient_at);
     m.def("gram_error", &gram_error_at);
     m.def("sum_of_squares", &sum_of_squares_at);
+    m.def("pack", with_pack_job([](const PackJob& job) { return BLLKERN_DISPATCH(pack)(job); }));
+    m.def("unpack", with_pack_job([](const PackJob& job) { return BLLKERN_DISPATCH(unpack)(job); }));
     m.def("prototypes", &prototypes_at);
     m.def("spatial_mean", with_spatial_mean_job([](const auto& job) { BLLKERN_DISPATCH(spatial_mean)(job); }));
     m.def("spread_mean", with_spatial_mean_job([](const auto& job) { BLLKERN_DISPATCH(spread_mean)(job); }));

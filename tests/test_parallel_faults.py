@@ -1,5 +1,6 @@
 """What goes wrong on one rank ends the others in time, with an error that names it; the last checkpoint continues."""
 
+import fcntl
 import itertools
 import os
 import random
@@ -68,6 +69,35 @@ def test_a_lost_rank_is_named(how, victim, tmp_path):
     for outcome in outcomes:
         assert outcome is not None and outcome[0], outcome
         assert f"rank {victim} (blocks {blocks})" in outcome[1][0]
+
+
+def freeze_with_the_store(folder):
+    """Stop this process while it holds the lock without which no rank can ask the store anything."""
+    for path in folder.glob("rendezvous-*"):
+        fcntl.flock(os.open(path, os.O_RDWR), fcntl.LOCK_EX)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def ended(rank, folder):
+    """What this rank ends with where rank 1 freezes so at step 3, and the seconds from there until it has left."""
+    parallel, x, y = make()
+    try:
+        with parallel:
+            for step in itertools.count():
+                if rank == 1 and step == 3:
+                    freeze_with_the_store(folder)
+                parallel.step(x, y, 2)
+                last = time.monotonic()
+    except ParallelError as error:
+        return str(error), time.monotonic() - last
+
+
+def test_a_frozen_rank_that_has_locked_the_store_is_named(tmp_path):
+    jobs = parallel_ranks.start(ended, 3, tmp_path, tmp_path)
+    outcomes = parallel_ranks.finish([jobs[0], jobs[2]], DEADLINE, kill_too=[jobs[1]])
+    for succeeded, (error, seconds) in outcomes:
+        assert succeeded and "rank 1 (blocks '3') did not answer" in error
+        assert seconds < 5 * TIMEOUT, seconds
 
 
 def wrong_shape(header, tensors):
@@ -172,7 +202,15 @@ LIES = [None, -1, 1 << 70, 1.5, "x", [], {}, [[]], [["float32"]], [["float32", [
 
 @pytest.mark.parametrize("field", [field.name for field in fields(Header)])
 def test_a_header_that_lies_with_a_right_checksum_is_refused(field):
-    allowed = {"tensors": [[]], "inputs": [[]], "targets": [{}], "scale": [1.5], "dtype": [], "step": [1 << 70]}
+    allowed = {
+        "tensors": [[]],
+        "packed": [[]],
+        "inputs": [[]],
+        "targets": [{}],
+        "scale": [1.5],
+        "dtype": [],
+        "step": [1 << 70],
+    }
     for lie in LIES:
         if lie in allowed.get(field, []) or field == "micro" and lie == 1 << 70:
             continue

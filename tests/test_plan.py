@@ -1,6 +1,7 @@
 """The cost model: the formulas of the schedules where they are known, and the command that draws it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from bllkern.parallel.plan import METHODS, Block, predict
 from bllkern.parallel.profile import profile
 
 FAST = 1e18  # bytes per second: links that cost nothing
-EQUAL = [Block(str(i), 1.0, 2.0, 3.0, 100, 1000, 50) for i in range(8)]
+EQUAL = [Block(str(i), 1.0, 2.0, 3.0, 100, 100, 1000, 50) for i in range(8)]
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4, 8])
@@ -80,11 +81,14 @@ def test_devices_share_cores(stages, cores, micro_batches):
 
 
 def test_messages_are_work_for_devices_that_share_cores():
-    """A message of 100 bytes takes 2 s, beside the 3 s of a block's local learning."""
+    """A message of 100 bytes takes 2 s, beside the 3 s of a block's local learning; one without zeros half of that."""
     options = {"blocks": EQUAL[:2], "devices": 2, "bandwidth": 50.0, "micro_batches": 8}
     assert predict("block-parallel", **options).seconds == pytest.approx(8 * 3.0)
     assert predict("block-parallel", **options, cores=2).seconds == pytest.approx(8 * 5.0)
     assert predict("block-parallel", **options, cores=1).seconds == pytest.approx(8 * 10.0)
+    assert predict("1F1B", **options, cores=1).seconds == pytest.approx(8 * 14.0)
+    options["blocks"] = [replace(block, packed=50) for block in EQUAL[:2]]
+    assert predict("block-parallel", **options, cores=2).seconds == pytest.approx(8 * 4.0)
     assert predict("1F1B", **options, cores=1).seconds == pytest.approx(8 * 14.0)
 
 
@@ -101,6 +105,8 @@ def test_a_slow_link_bounds_the_step():
     found = predict("block-parallel", EQUAL, 4, bytes_per_second, micro_batches=8)
     assert found.seconds == pytest.approx(8 * 10)
     assert predict("1F1B", EQUAL, 4, bytes_per_second, micro_batches=8).seconds > 8 * 20
+    sparse = [replace(block, packed=80) for block in EQUAL]
+    assert predict("block-parallel", sparse, 4, bytes_per_second, micro_batches=8).seconds == pytest.approx(8 * 8)
     ring = 2 * 3 / 4 * 400 / bytes_per_second
     assert predict("data-parallel", EQUAL, 4, bytes_per_second, micro_batches=4).seconds == pytest.approx(8 + ring)
 
@@ -130,14 +136,16 @@ def test_mistakes_are_named(options, message):
 
 
 def test_blocks_are_counted_exactly():
-    net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 5))
+    net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 5))
     before = [p.detach().clone() for p in net.parameters()]
     x, y = torch.randn(4, 8), torch.randint(5, (4,))
     blocks = profile(net, ["1", "3"], 5, "bwbpf", x, y, nn.functional.cross_entropy, repeats=1)
     assert [block.name for block in blocks] == ["1", "3", "output"]
     assert [block.message for block in blocks] == [4 * 4 * 32, 4 * 4 * 16, 0]
+    kept = int((net[:4](x) != 0).sum())
+    assert [block.packed for block in blocks] == [4 * 4 * 32, 8 + 4 * kept, 0]  # 64 bits of mask
     assert [block.parameters for block in blocks] == [4 * 9 * 32, 4 * 33 * 16, 4 * 17 * 5]
-    assert blocks[1].activations == 4 * 4 * 16  # tanh keeps its output; the product's input is kept by the block before
+    assert blocks[1].activations == 4 * 4 * 16  # relu keeps its output; the product's input is kept by the block before
     assert all(time > 0 for block in blocks for time in (block.forward, block.backward, block.local))
     assert all(torch.equal(p, q) and p.grad is None for p, q in zip(net.parameters(), before))
 
@@ -155,7 +163,7 @@ def test_the_command_writes_a_table_and_a_plot(tmp_path, capsys):
         "--threads",
         "1",
         "--cores",
-        "2",
+        "1",
     ]
     threads = torch.get_num_threads()
     assert main(["plan", *options, "--output", str(tmp_path)]) == 0
@@ -165,9 +173,13 @@ def test_the_command_writes_a_table_and_a_plot(tmp_path, capsys):
     assert (
         len(report["predictions"]) == 4 * 6
         and report["options"]["bandwidth"] == 1e8
-        and report["options"]["cores"] == 2
+        and report["options"]["cores"] == 1
+        and list(report["blocks"]) == ["1", "2"]  # measured by one process, and by two at once
     )
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert all(method in printed for method in METHODS)
+    assert "2 processes at once" in printed
     assert main(["plan", "--bandwidth", "fast"]) == 2
     assert "must be a positive number, or one followed by k, M or G, got 'fast'" in capsys.readouterr().err
+    assert main(["plan", "--model", "mlp", "--cores", "1", "--cuts", "nowhere", "--output", str(tmp_path)]) == 2
+    assert "nowhere" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from .evidence_cross_entropy import evidence_cross_entropy
 from .gram import decorrelation, similarity_matching
 from .linear_cross_entropy import linear_cross_entropy, small_linear_cross_entropy
 from .module import _C, DTYPES, cuda_built, error, keep_freed_memory
+from .pack import pack, unpack
 from .prototypes import prototypes, prototypes_gradient
 
 __all__ = [
@@ -23,8 +24,10 @@ __all__ = [
     "evidence_cross_entropy",
     "keep_freed_memory",
     "linear_cross_entropy",
+    "pack",
     "prototypes",
     "prototypes_gradient",
     "similarity_matching",
     "small_linear_cross_entropy",
+    "unpack",
 ]

@@ -294,3 +294,33 @@ def prototypes_gradient(x, target, counts, grad, ignore_index):
     xn, reciprocal = normalized_rows(_full(x), counted)
     by_xn = (grad.to(xn) / counts.clamp(min=1)[:, None])[target.where(counted, 0)]
     return _gradient(_through_normalization(by_xn, xn, reciprocal), x)
+
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def pack(x: Tensor, word_bytes: int, out: Tensor) -> int:
+    """The words of contiguous ``x`` that are not zero, behind a bit for each word that says whether it is.
+
+    Words are whole numbers of 1, 2, 4 or 8 bytes, whatever they mean in ``x``: every bit comes through.  Returns how
+    many bytes of ``out``, uint8 [room], were written (csrc/pack.h says how), or -1 where there is no room for them.
+    """
+    words = x.reshape(-1).view(torch.uint8).view(_WORDS[word_bytes])
+    kept = F.pad(words != 0, (0, -len(words) % 64))
+    masks = (kept.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    packed = torch.cat([masks, words[kept[: len(words)]].view(torch.uint8)])
+    if len(packed) > len(out):
+        return -1
+    out[: len(packed)] = packed
+    return len(packed)
+
+
+def unpack(packed: Tensor, word_bytes: int, out: Tensor) -> bool:
+    """Write into contiguous ``out`` what :func:`pack` was given; whether ``packed``, uint8 [bytes], can have come of it."""
+    words = out.reshape(-1).view(torch.uint8).view(_WORDS[word_bytes])
+    masks, rest = packed.split([size := min(-(-len(words) // 64) * 8, len(packed)), len(packed) - size])
+    kept = (masks[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).view(-1).bool()
+    if size * 8 < len(words) or kept[len(words) :].any() or int(kept.sum()) * word_bytes != len(rest):
+        return False
+    words.zero_()[kept[: len(words)]] = rest.clone().view(_WORDS[word_bytes])
+    return True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 
 from .. import models, objectives
 from ..parallel.plan import METHODS, Block, Prediction, predict
-from ..parallel.profile import profile
+from ..parallel.profile import at_once, profile
 from .checkpoint import write_atomically, write_json
 from .errors import user_errors
 from .measure import human_bytes, human_time
@@ -23,14 +25,14 @@ LINKS = [10 ** (power / 4) for power in range(28, 47)]  # bits per second: 10 Mb
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    blocks = _blocks(args)
-    print(_block_table(blocks, args))
     counts = [2**power for power in range(args.devices.bit_length()) if 2**power < args.devices] + [args.devices]
-    table = [_all(blocks, args, devices, args.bandwidth) for devices in counts]
+    profiles = _profiles(args, counts)
+    for processes, blocks in profiles.items():
+        print(_block_table(blocks, args, processes))
+    measured = [profiles[_processes(args, devices)] for devices in counts]
+    table = [_all(blocks, args, devices, args.bandwidth) for blocks, devices in zip(measured, counts)]
     print(_table(table))
-    links = [_all(blocks, args, args.devices, bandwidth) for bandwidth in LINKS]
+    links = [_all(measured[-1], args, args.devices, bandwidth) for bandwidth in LINKS]
     output = Path(args.output)
     with user_errors("--output"):
         output.mkdir(parents=True, exist_ok=True)
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
             "devices": args.devices,
             "cores": args.cores,
         },
-        "blocks": [dataclasses.asdict(block) for block in blocks],
+        "blocks": {n: [dataclasses.asdict(block) for block in blocks] for n, blocks in profiles.items()},
         "predictions": [dataclasses.asdict(prediction) for row in table for prediction in row],
     }
     write_json(output / "plan.json", report)
@@ -52,8 +54,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _processes(args: argparse.Namespace, devices: int) -> int:
+    """How many processes show at once what so many devices do: one where each has a machine of its own."""
+    return 1 if args.cores is None else min(devices, 2 * args.cores)
+
+
+def _profiles(args: argparse.Namespace, counts: list[int]) -> dict[int, list[Block]]:
+    """The blocks as each number of processes at once has measured them."""
+    if args.cores is None:
+        return {1: _blocks(args)}
+    return {n: at_once(n, partial(_blocks, args)) for n in dict.fromkeys(_processes(args, n) for n in counts)}
+
+
 def _blocks(args: argparse.Namespace) -> list[Block]:
-    """The blocks of the model, measured on random inputs."""
+    """The blocks of the model, measured on random inputs; devices that share cores have one thread each by default."""
+    shared = args.cores is not None
+    if args.threads is not None or shared:
+        torch.set_num_threads(args.threads or 1)
     torch.manual_seed(args.seed)
     tokens = models.MODELS[args.model].rank == 1
     shape = (TOKENS,) if tokens else SHAPE
@@ -66,7 +83,8 @@ def _blocks(args: argparse.Namespace) -> list[Block]:
         def loss(output, target):
             return F.cross_entropy(output.flatten(0, -2), target.flatten())
 
-        return profile(net, cuts, CLASSES, args.objective, x, y, loss)
+        clock = time.thread_time if shared else time.perf_counter
+        return profile(net, cuts, CLASSES, args.objective, x, y, loss, clock=clock)
 
 
 def _all(blocks: list[Block], args: argparse.Namespace, devices: int, bandwidth: float) -> list[Prediction]:
@@ -74,15 +92,16 @@ def _all(blocks: list[Block], args: argparse.Namespace, devices: int, bandwidth:
     return [predict(method, blocks, devices, bandwidth / 8, **options) for method in METHODS]
 
 
-def _block_table(blocks: list[Block], args: argparse.Namespace) -> str:
-    lines = [f"{args.model}, {args.objective}, micro-batch {args.batch_size}, {torch.get_num_threads()} CPU threads"]
-    lines += ["block            forward  backward     local   message  activations  parameters"]
+def _block_table(blocks: list[Block], args: argparse.Namespace, processes: int) -> str:
+    threads = args.threads or (torch.get_num_threads() if args.cores is None else 1)
+    measured = f"{args.model}, {args.objective}, micro-batch {args.batch_size}, CPU threads: {threads}"
+    lines = [measured if processes == 1 else f"{measured}, {processes} processes at once"]
+    lines += ["block            forward  backward     local   message    packed  activations  parameters"]
     for block in blocks:
         times = "".join(f"{human_time(value):>10}" for value in (block.forward, block.backward, block.local))
-        sizes = (
-            f"{human_bytes(block.message):>10}{human_bytes(block.activations):>13}{human_bytes(block.parameters):>12}"
-        )
-        lines.append(f"{block.name:14.14}{times}{sizes}")
+        sizes = f"{human_bytes(block.message):>10}{human_bytes(block.packed):>10}"
+        held = f"{human_bytes(block.activations):>13}{human_bytes(block.parameters):>12}"
+        lines.append(f"{block.name:14.14}{times}{sizes}{held}")
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ def block_seconds(
     repeats: int = 3,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
-    """Least seconds of forward pass and local learning of each block, the output block last, over ``repeats`` runs.
+    """Median seconds of forward pass and local learning of each block, the output block last, over ``repeats`` runs.
 
     ``net`` stays as it is, and so do the random numbers of torch.
     """
@@ -41,7 +42,7 @@ def block_seconds(
             marks.append(clock())
             runs.append([after - before for before, after in pairwise(marks)])
             net.zero_grad()
-    return [min(seconds) for seconds in zip(*runs[1:])]
+    return [median(seconds) for seconds in zip(*runs[1:])]
 
 
 def assign(costs: list[float], ranks: int) -> list[int]:

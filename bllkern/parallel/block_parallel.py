@@ -4,7 +4,7 @@ Since a block's gradient does not leave it, a rank that has handed an activation
 the next micro-batch, and the next step, at once.  There is no pipeline to fill or to flush, and the result is that of
 one process: an activation is always computed with the parameters of its own step.  Only chained feedback (BLL) carries
 anything the other way, once per step; ``staleness`` says how old it may be.  Neighbours on one machine hand activations
-over through memory (:mod:`.shared`), others through sockets (:mod:`.channel`).
+over through memory (:mod:`.shared`), others through sockets (:mod:`.channel`), without the zeros (:mod:`.stream`).
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class BlockParallel:
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that this rank has handed to its neighbours, headers and targets included."""
+        """Bytes that its neighbours have had of this rank so far, headers and targets included."""
         return self._exchange.bytes_sent()
 
     @property

@@ -16,18 +16,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .messages import CHECKSUM_BYTES, DTYPES, HEADER_BYTES, Header, MessageError, checksum, decode, empty
+from .messages import CHECKSUM_BYTES, HEADER_BYTES, Header, MessageError, decode
+from .stream import join, length, split
 from .watch import Watch
 
-
 DEPTH = 2  # messages that wait on either side: one to work on, one on its way
+CHUNK_BYTES = 4 << 20  # which gloo moves at once; see Inbox
 _FOREVER = timedelta(days=365)  # the limit is that of Watch.until, which knows when a rank really waits
 
 
 class Inbox:
     """Messages from ``source`` (a rank of the job), received ahead of their use.
 
-    ``accept(header)`` raises ``MessageError`` for one that does not fit, before memory is taken for its tensors.
+    ``accept(header)`` raises ``MessageError`` for one that does not fit, before memory is taken for its tensors.  gloo
+    ends the process that receives more than it asked for, and says nothing where less comes.  So every chunk of a
+    message is received into memory for the largest, and what has come is judged by what it is.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Inbox:
     ):
         self.source, self._group, self._watch, self._accept = source, group, watch, accept
         self._queue: queue.Queue = queue.Queue(depth)
+        self._chunk = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
         self._thread = threading.Thread(target=self._receive, name=f"bllkern from rank {source}", daemon=True)
         self._thread.start()
 
@@ -47,28 +51,38 @@ class Inbox:
         try:
             header = None
             while header is None or header.kind != "bye":
-                data = self._fetch(HEADER_BYTES)
-                header = decode(data)
-                if header.kind != "bye":
-                    self._accept(header)
-                self._queue.put((header, [self._fetch_tensor(known, checksum(data)) for known in header.tensors]))
+                header, tensors = self._next()
+                self._queue.put((header, tensors))
         except MessageError as error:
             self._watch.fail(self.source, RuntimeError(f"sent a wrong message: {error}"))
         except RuntimeError as error:
             self._watch.fail(self.source, RuntimeError(f"ended the connection: {error}"))
 
-    def _fetch(self, size: int) -> Tensor:
-        """uint8 [size]; what does not come, since gloo takes messages that are too short, is 0."""
-        content = torch.zeros(size, dtype=torch.uint8)
-        dist.irecv(content, self.source, self._group).wait(_FOREVER)
-        return content
+    def _next(self) -> tuple[Header, list[Tensor]]:
+        self._fetch()
+        header = decode(self._chunk[:HEADER_BYTES])
+        if header.kind != "bye":
+            self._accept(header)
+        size = length(header)
+        data = self._chunk[:size] if size <= CHUNK_BYTES else self._assemble(size)
+        tensors = split(header, data)
+        data[-CHECKSUM_BYTES:] = 0  # so that it cannot end the next message, which may come short
+        return header, tensors
 
-    def _fetch_tensor(self, description: list, end: Tensor) -> Tensor:
-        size = empty(description, "meta").nbytes
-        content = self._fetch(size + len(end))
-        if not torch.equal(content[size:], end):
-            raise MessageError(f"a tensor {description} was due, a message that is shorter or of other content came")
-        return content[:size].view(DTYPES[description[0]]).view(description[1])
+    def _assemble(self, size: int) -> Tensor:
+        """The first ``size`` bytes of the chunk that has come and of those that follow."""
+        data = torch.empty(size, dtype=torch.uint8)
+        first, *others = data.split(CHUNK_BYTES)
+        first.copy_(self._chunk)
+        for piece in others:
+            self._fetch()
+            piece.copy_(self._chunk[: len(piece)])
+        self._chunk.zero_()
+        return data
+
+    def _fetch(self) -> None:
+        self._chunk[:HEADER_BYTES] = 0
+        dist.irecv(self._chunk, self.source, self._group).wait(_FOREVER)
 
     def get(self) -> tuple[Header, list[Tensor]]:
         """The next message.  Raises ``ParallelError`` if none comes in time."""
@@ -108,10 +122,10 @@ class Outbox:
             header = None
             while header is None or header.kind != "bye":
                 header, tensors = self._queue.get()
-                data = header.encode()
-                pieces = [data, *(torch.cat([_bytes(tensor), checksum(data)]) for tensor in tensors)]
-                for work in [dist.isend(piece, self.target, self._group) for piece in pieces]:
+                data = join(header, tensors)
+                for work in [dist.isend(chunk, self.target, self._group) for chunk in data.split(CHUNK_BYTES)]:
                     work.wait(_FOREVER)
+                self.bytes += len(data)
                 self._sent += 1
         except (RuntimeError, ValueError) as error:
             self._watch.fail(self.target, RuntimeError(f"ended the connection: {error}"))
@@ -128,7 +142,6 @@ class Outbox:
 
         self._watch.until(attempt, self.target, "room for a message")
         self._put += 1
-        self.bytes += HEADER_BYTES + sum(tensor.nbytes + CHECKSUM_BYTES for tensor in tensors)
 
     def close(self) -> None:
         """Say that nothing more comes, and wait until everything is sent."""
@@ -146,8 +159,3 @@ class Outbox:
             return True
         threading.Event().wait(seconds / 50)
         return None
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """The storage of a contiguous tensor as uint8 [nbytes]: gloo does not know every dtype."""
-    return tensor.reshape(-1).view(torch.uint8)

@@ -45,7 +45,8 @@ class Header:
 
     ``step`` counts optimizer steps (of feedback: those its sender had done), ``micro`` the micro-batches in one.
     ``dtype`` is that of the activation before compression, ``scale`` what it was divided by.  ``targets`` are the
-    options of :func:`bllkern.targets`.
+    options of :func:`bllkern.targets`.  ``packed``: bytes of each tensor on its way where zeros are left out of it,
+    else 0; empty where they are left out of none.
     """
 
     kind: str
@@ -56,6 +57,7 @@ class Header:
     tensors: list = field(default_factory=list)
     inputs: list = field(default_factory=list)
     targets: dict = field(default_factory=dict)
+    packed: list = field(default_factory=list)
 
     def encode(self) -> Tensor:
         """The header as uint8 [HEADER_BYTES].  Raises ``ValueError`` if it does not fit."""
@@ -86,7 +88,10 @@ def decode(data: Tensor) -> Header:
 
 
 def checksum(data: Tensor) -> Tensor:
-    """Checksum and length of an encoded header, uint8 [8]: no two messages have the same, so they mark its tensors."""
+    """Checksum and length of the encoded header that ``data`` begins with, uint8 [8].
+
+    No two messages of a training have the same, so they mark its end.
+    """
     return data[_PREFIX.size - CHECKSUM_BYTES : _PREFIX.size]
 
 
@@ -108,6 +113,11 @@ def _check(header: Header) -> None:
             raise MessageError(f"tensors must be described in a list of up to {_MAX_DIMS}, got {described!r}")
         for description in described:
             _check_description(description)
+    sizes = [empty(description, "meta").nbytes for description in header.tensors]
+    if not isinstance(header.packed, list) or header.packed and len(header.packed) != len(sizes):
+        raise MessageError(f"packed must say the bytes of each tensor or of none, got {header.packed!r}")
+    if any(type(packed) is not int or not 0 <= packed < max(size, 1) for packed, size in zip(header.packed, sizes)):
+        raise MessageError(f"a packed tensor must be shorter than its {sizes} bytes, got {header.packed}")
 
 
 def _check_description(description) -> None:

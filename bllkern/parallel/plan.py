@@ -4,7 +4,8 @@ Four ways to use N devices on one batch of M micro-batches a step, in steady sta
 the link between neighbours, L its latency in seconds:
 
 - block-parallel: stage s takes F_s + B_s (forward pass and local learning) per micro-batch, with nobody to wait for, so
-  a step takes M times the slowest of stages and links; a message overlaps the computation of the next one.
+  a step takes M times the slowest of stages and links; a message overlaps the computation of the next one.  It goes
+  without its zeros (:mod:`.stream`), which a gradient, all of whose entries may differ from 0, does not.
 - 1F1B (Narayanan et al., arXiv 2104.04473): the slowest stage works M times, and the pipeline fills and drains once per
   step, S - 1 stages of forward and backward pass and of messages both ways.
 - zero-bubble (Qi et al., arXiv 2401.10241, ZB-H1): weight gradients fill the drain, so a third of the bubble of 1F1B is
@@ -18,8 +19,8 @@ averaged over its column, overlapped with what the stage computes.
 Devices may be processes of one machine, which share its ``cores``.  A message is work then, for the one that sends as
 for the one that receives.  With fewer cores than devices, none of them idles while any device has work: the work of all
 devices is divided by the number of cores, and a pipeline fills and drains as one of as many stages as there are cores.
-Blocks are slower on cores that take turns between processes: let as many processes measure them at once as there will
-be devices (``clock`` of :func:`bllkern.parallel.profile.profile`).
+Blocks are slower on cores that take turns between processes, and where others use the same caches: let as many
+processes measure them at once as there will be devices (:func:`bllkern.parallel.profile.at_once`).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Block:
     """One block on one micro-batch: seconds, and bytes of what it sends on, keeps for its backward pass, and holds.
 
     ``forward`` and ``backward`` are those of end-to-end backprop; ``local`` is the forward pass with local learning.
-    ``activations``: kept between forward and backward pass.  ``parameters``: without gradients and optimizer states.
+    ``packed``: the message as block-parallel sends it through a socket.  ``activations``: kept between forward and backward pass.  ``parameters``: without gradients and optimizer states.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Block:
     backward: float
     local: float
     message: int
+    packed: int
     activations: int
     parameters: int
 
@@ -94,7 +96,7 @@ def predict(
         return _data_parallel(blocks, devices, link, micro_batches, states, cores)
     stages = _stages(blocks, min(devices, len(blocks)), method)
     if cores is not None:
-        stages = _with_messages(stages, link)
+        stages = _with_messages(stages, link, method)
     rows = devices // len(stages)
     shares = micro_batches / rows  # below 1: rows take parts of a micro-batch
     compute = _pipeline if method != "block-parallel" else _block_parallel
@@ -132,6 +134,7 @@ class _Stage:
     backward: float
     local: float
     message: int
+    packed: int
     activations: int
     largest: int
     parameters: int
@@ -139,6 +142,10 @@ class _Stage:
     def busy(self, method: str) -> float:
         """Seconds of work on a micro-batch."""
         return self.local if method == "block-parallel" else self.forward + self.backward
+
+    def sent(self, method: str) -> int:
+        """Bytes of a message."""
+        return self.packed if method == "block-parallel" else self.message
 
 
 def _stages(blocks: Sequence[Block], count: int, method: str) -> list[_Stage]:
@@ -151,12 +158,13 @@ def _stages(blocks: Sequence[Block], count: int, method: str) -> list[_Stage]:
 def _stage(run: Sequence[Block]) -> _Stage:
     sums = {name: sum(getattr(b, name) for b in run) for name in ("forward", "backward", "local")}
     sizes = {name: sum(getattr(b, name) for b in run) for name in ("activations", "parameters")}
-    return _Stage(**sums, message=run[-1].message, largest=max(b.activations for b in run), **sizes)
+    messages = {name: getattr(run[-1], name) for name in ("message", "packed")}
+    return _Stage(**sums, **messages, largest=max(b.activations for b in run), **sizes)
 
 
 def _block_parallel(method: str, stages: list[_Stage], link: _Link, shares: float) -> float:
     """Nothing but the slowest of stages and links: what is ahead of it waits in queues, what is behind it idles."""
-    sent = max((link.message(stage.message) for stage in stages[:-1]), default=0.0)
+    sent = max((link.message(stage.sent(method)) for stage in stages[:-1]), default=0.0)
     return shares * max(sent, *(stage.busy(method) for stage in stages))
 
 
@@ -170,9 +178,9 @@ def _pipeline(method: str, stages: list[_Stage], link: _Link, shares: float) -> 
     return shares * max(slowest, sent) + (bubble / 3 if method == "zero-bubble" else bubble) + messages
 
 
-def _with_messages(stages: list[_Stage], link: _Link) -> list[_Stage]:
+def _with_messages(stages: list[_Stage], link: _Link, method: str) -> list[_Stage]:
     """The stages, where sending and receiving take the processor's time: activations forward, gradients backward."""
-    sizes = [0, *(stage.message for stage in stages[:-1]), 0]
+    sizes = [0, *(stage.sent(method) for stage in stages[:-1]), 0]
     seconds = [(received + sent) / link.bandwidth for received, sent in pairwise(sizes)]
     return [
         replace(s, forward=s.forward + extra, backward=s.backward + extra, local=s.local + extra)

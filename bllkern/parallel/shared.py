@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .messages import HEADER_BYTES, LIMIT_BYTES, Header, MessageError, decode, empty
+from .stream import flat
 from .watch import Watch
 
 SLOT_BYTES = HEADER_BYTES + LIMIT_BYTES  # of address space: pages are taken when they are first written
@@ -138,12 +139,14 @@ class SharedInbox(_End):
             header = decode(self._slots.header())
             if header.kind != "bye":
                 self._accept(header)
+            if header.packed:
+                raise MessageError(f"tensors must lie in memory as they are, got packed {header.packed}")
             tensors = [empty(description) for description in header.tensors]
             places = self._slots.places(tensors)
         except MessageError as error:
             raise self._watch.blame(self._rank, error) from error
         for tensor, place in zip(tensors, places):
-            _flat(tensor).copy_(place)
+            flat(tensor).copy_(place)
         self._slots.turn()
         self._signal()
         return header, tensors
@@ -172,7 +175,7 @@ class SharedOutbox(_End):
         self._free -= 1
         self._slots.header().copy_(header.encode())
         for tensor, place in zip(tensors, places):
-            place.copy_(_flat(tensor))
+            place.copy_(flat(tensor))
         self._slots.turn()
         self.bytes += HEADER_BYTES + sum(place.nbytes for place in places)
         self._signal()
@@ -181,7 +184,3 @@ class SharedOutbox(_End):
         """Say that nothing more comes; what is written can be read after this process has ended."""
         self.put(Header("bye"), [])
         self.abandon()
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)

@@ -36,6 +36,7 @@ class Watch:
         self._label = labels[self.rank]
         self._store = dist.PrefixStore(f"bllkern.parallel.{name}", dist.distributed_c10d._get_default_store())
         self._failure: Exception | None = None
+        self._unanswered = False  # a question to the store
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="bllkern heartbeat", daemon=True)
         self._thread.start()
@@ -53,7 +54,7 @@ class Watch:
     def stop(self) -> None:
         """End the heartbeat: this rank has done its part."""
         self._stopped.set()
-        self._thread.join(self.timeout)
+        self._thread.join(5 * self.interval)
 
     def fail(self, rank: int, error: Exception) -> None:
         """Note, from any thread, that the exchange with ``rank`` failed; the next wait raises it."""
@@ -117,7 +118,10 @@ class Watch:
         return [rank for rank, beat in before.items() if self._store.add(f"beat{rank}", 0) == beat]
 
     def _asked(self, question: Callable[[], object]):
-        """The answer to a question about the store, or ``None``: a store whose host hangs never answers."""
+        """The answer to a question about the store, or ``None``.
+
+        A store whose host hangs, or a file that a frozen rank has locked, never answers: then nothing more is asked.
+        """
         answers = []
 
         def ask():
@@ -126,9 +130,11 @@ class Watch:
             except RuntimeError:
                 pass
 
-        thread = threading.Thread(target=ask, daemon=True)
-        thread.start()
-        thread.join(5 * self.interval)
+        if not self._unanswered:
+            thread = threading.Thread(target=ask, daemon=True)
+            thread.start()
+            thread.join(5 * self.interval)
+            self._unanswered = thread.is_alive()
         return answers[0] if answers else None
 
 
