@@ -249,6 +249,8 @@ def _rank(rank, ranks, folder, objective):
     if rank == 0:
         with open(f"{folder}/results.json", "w") as file:
             json.dump({"rounds": rounds, "bytes": sent}, file)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

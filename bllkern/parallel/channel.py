@@ -95,9 +95,10 @@ class Inbox:
             return None
 
     def close(self) -> None:
-        """Take in what still comes, up to the sender's last message."""
+        """Take in what still comes, up to the sender's last message, with which the thread ends."""
         while self.get()[0].kind != "bye":
             pass
+        self._thread.join(self._watch.timeout)
 
     def abandon(self) -> bool:
         """Drop what has come; whether the thread has ended."""
@@ -144,9 +145,10 @@ class Outbox:
         self._put += 1
 
     def close(self) -> None:
-        """Say that nothing more comes, and wait until everything is sent."""
+        """Say that nothing more comes, and wait until everything is sent and the thread has ended."""
         self.put(Header("bye"), [])
         self._watch.until(self._all_sent, self.target, "messages to be taken")
+        self._thread.join(self._watch.timeout)
 
     def abandon(self) -> bool:
         """Say that nothing more comes, if that can be said; whether the thread has ended."""
