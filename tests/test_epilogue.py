@@ -126,6 +126,13 @@ def test_a_hook_sees_what_it_has_to_see(fused, which):
     assert len(seen) == 1 and len(fused) == (which in (0, 3) if NATIVE else 0)
 
 
+def test_what_is_compiled_runs_as_compiled(fused):
+    unit, graphs = models.BasicBlock(4, 4, 1, None), []
+    unit.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    epilogue.run(unit, torch.randn(2, 4, 8, 8), 4)
+    assert graphs and not fused
+
+
 def residual(kind, planes=4):
     return models.ResNet(kind, (2, 2), CLASSES, (3, 8, 8), planes)
 

@@ -164,9 +164,9 @@ def _usable(norm: nn.Module) -> bool:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether hooks of ``module`` would have to see what goes in and comes out."""
+    """Whether hooks of ``module`` would have to see what goes in and comes out, or a compiler has it."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    return any(hooks) or module._compiled_call_impl is not None
 
 
 def _window(pool: nn.MaxPool2d) -> int | None:
