@@ -92,6 +92,14 @@ CASES = {  # what makes formula, our function and inputs, its first arguments, s
 }
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def seconds(run) -> float:
     start = time.thread_time()
     for _ in range(CALLS):

@@ -40,6 +40,15 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread():
+    """For networks that are too small for two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=_native._C.isas if _native.error is None else [])
 def isa(request):
     """Each instruction set of the compiled kernels that this CPU has."""
