@@ -88,10 +88,12 @@ def _linear_agreement(x, weight, bias, b, row_weights, family, group_size, reduc
     return z, _loss(x), _like(z, grad_z), _like(b, grad_b)
 
 
-def pooled_shape(x: Tensor, max_pool: int, ceil_mode: bool, pool: int) -> tuple[list[int], list[int]]:
+def pooled_shape(x: Tensor, max_pool: int, ceil_mode: bool, pool: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of activation and features of ``batch_norm_relu``."""
-    sides = [-(-side // max_pool) if ceil_mode else side // max_pool for side in x.shape[2:]]
-    return [*x.shape[:2], *sides], [*x.shape[:2], *(min(side, pool) for side in sides)]
+    images, channels, height, width = x.shape
+    cut_off = max_pool - 1 if ceil_mode else 0
+    height, width = (height + cut_off) // max_pool, (width + cut_off) // max_pool
+    return (images, channels, height, width), (images, channels, min(height, pool), min(width, pool))
 
 
 def layout(x: Tensor) -> torch.memory_format:

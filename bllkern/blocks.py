@@ -76,25 +76,26 @@ class Boundary(nn.Module):
     def forward(
         self, z: Tensor, block: Callable | None = None, args=(), kwargs=None, known=None, noisy: Tensor | None = None
     ) -> Tensor:
-        if self.objective is None:
+        objective, options = self.objective, self.options
+        if objective is None:
             return z
         if sizing.active():
             return sizing.visit(self, z)
         if not (self.training and torch.is_grad_enabled()):
             return self._hand_on(z)
         target = current()
-        if not self.options.local:
+        if not options.local:
             ownership.discover(self, z, target.owners)
-            return self.objective(z, block, args, target)
-        ready = streams.arrive(self, args, kwargs or {})
-        with torch.autocast(z.device.type, enabled=False):
-            terms = self.objective(z, target, noisy, known) if known else self.objective(z, target, noisy)
+            return objective(z, block, args, target)
+        ready = streams.arrive(self, args, kwargs)
+        with schedules.without_autocast(z.device.type):
+            terms = objective(z, target, noisy, known) if known else objective(z, target, noisy)
             loss = total(terms, target.scale)
             schedules.check_finite(self, loss, terms)
             self._remember(loss.detach(), target)
-            onwards = z.detach() if self.options.isolate else z
-            if getattr(self.options, "bootstrapping", False):
-                onwards = self.objective.posterior(onwards, target)  # of this step's messages, whatever steps below
+            onwards = z.detach() if options.isolate else z
+            if getattr(options, "bootstrapping", False):
+                onwards = objective.posterior(onwards, target)  # of this step's messages, whatever steps below
             schedules.SCHEDULES[self.schedule](self, z, loss)
         return self._hand_on(onwards, ready)
 

@@ -1,11 +1,12 @@
-// The module bllkern._C: kernels called with raw pointers as integers.  bllkern/_native/ is its only caller and checks
-// every argument.
+// The module bllkern._C: kernels called with tensors, of which they take the address.  bllkern/_native/ is its only caller
+// and checks every argument.
 #include <pybind11/pybind11.h>
 
 #include <memory>
 #include <stdexcept>
 #include <string>
 
+#include "address.h"
 #include "agreement.h"
 #include "batch_norm_relu.h"
 #include "evidence_cross_entropy.h"
@@ -42,8 +43,6 @@ void set_isa_by_name(const std::string& name) {
                                 " on this machine, got '" + name + "'");
 }
 
-template <class T> T* pointer(int64_t address) { return reinterpret_cast<T*>(address); }
-
 #if BLLKERN_CUDA_BUILT
 void check(const char* op, const char* failure) {
     if (failure) throw std::runtime_error(std::string("CUDA kernel of ") + op + ": " + failure);
@@ -52,10 +51,10 @@ void check(const char* op, const char* failure) {
 
 // A function of call(job, extra...) with the members of the job as its first arguments.
 template <class... Extra, class Call> auto with_agreement_job(Call call) {
-    return [call](int64_t a, int64_t b, int64_t grad_a, int64_t grad_b, int64_t loss, int64_t rows, int64_t width,
+    return [call](Address a, Address b, Address grad_a, Address grad_b, Address loss, int64_t rows, int64_t width,
                   int64_t group, int family, int dtype, bool per_row, float scale, Extra... extra) {
-        AgreementJob job = {pointer<void>(a), pointer<void>(b), pointer<void>(grad_a), pointer<void>(grad_b),
-                            pointer<float>(loss), rows, width, group,
+        AgreementJob job = {a, b, grad_a, grad_b,
+                            loss, rows, width, group,
                             static_cast<Family>(family), static_cast<DType>(dtype), per_row, scale};
         return call(job, extra...);
     };
@@ -68,8 +67,8 @@ template <class Call> auto without_lock_if_long(int64_t elements, Call call) {
 }
 
 // How many of the labels are not ignore_index.  The kernels index by labels, and compiled graphs do not check them.
-int64_t count_labels(int64_t labels, int64_t rows, int64_t classes, int64_t ignore_index) {
-    const int64_t* label = pointer<const int64_t>(labels);
+int64_t count_labels(Address labels, int64_t rows, int64_t classes, int64_t ignore_index) {
+    const int64_t* label = labels;
     int64_t counted = 0;
     for (int64_t i = 0; i < rows; i++) {
         if (label[i] == ignore_index) continue;
@@ -83,7 +82,7 @@ int64_t count_labels(int64_t labels, int64_t rows, int64_t classes, int64_t igno
 }
 
 // What the loss of each row that counts is multiplied by.
-float row_scale(int64_t labels, int64_t rows, int64_t classes, int64_t ignore_index, bool mean) {
+float row_scale(Address labels, int64_t rows, int64_t classes, int64_t ignore_index, bool mean) {
     const int64_t counted = labels ? count_labels(labels, rows, classes, ignore_index) : rows;
     return mean && counted ? 1.f / static_cast<float>(counted) : 1.f;
 }
@@ -96,15 +95,15 @@ int64_t evidence_workspace(int64_t rows, int64_t classes, int64_t width, int64_t
     return EvidenceWorkspace(job, nullptr).size;
 }
 
-void evidence_cross_entropy_at(int64_t a, int64_t messages, int64_t log_prior, int64_t labels, int64_t probabilities,
-                               int64_t grad_a, int64_t grad_messages, int64_t grad_log_prior, int64_t loss,
-                               int64_t workspace, int64_t rows, int64_t classes, int64_t width, int64_t group,
+void evidence_cross_entropy_at(Address a, Address messages, Address log_prior, Address labels, Address probabilities,
+                               Address grad_a, Address grad_messages, Address grad_log_prior, Address loss,
+                               Address workspace, int64_t rows, int64_t classes, int64_t width, int64_t group,
                                int64_t ignore_index, float smoothing, int family, int dtype, bool mean) {
     const float scale = row_scale(labels, rows, classes, ignore_index, mean);
-    EvidenceJob job = {pointer<const void>(a), pointer<const void>(messages), pointer<const void>(log_prior),
-                       pointer<const int64_t>(labels), pointer<const float>(probabilities), pointer<void>(grad_a),
-                       pointer<void>(grad_messages), pointer<void>(grad_log_prior), pointer<float>(loss),
-                       pointer<float>(workspace), rows, classes, width, group, ignore_index, smoothing,
+    EvidenceJob job = {a, messages, log_prior,
+                       labels, probabilities, grad_a,
+                       grad_messages, grad_log_prior, loss,
+                       workspace, rows, classes, width, group, ignore_index, smoothing,
                        static_cast<Family>(family), static_cast<DType>(dtype), scale};
     std::unique_ptr<float[]> own;
     if (!workspace) {
@@ -114,21 +113,21 @@ void evidence_cross_entropy_at(int64_t a, int64_t messages, int64_t log_prior, i
     without_lock_if_long(rows * classes * width, [&] { BLLKERN_DISPATCH(evidence_cross_entropy)(job); });
 }
 
-double softmax_errors_at(int64_t logits, int64_t bias, int64_t labels, int64_t probabilities, int64_t rows,
+double softmax_errors_at(Address logits, Address bias, Address labels, Address probabilities, int64_t rows,
                          int64_t classes, int64_t ignore_index, float smoothing, float scale, int dtype, bool write) {
-    SoftmaxErrorJob job = {pointer<void>(logits), pointer<const float>(bias), pointer<const int64_t>(labels),
-                           pointer<const float>(probabilities), rows, classes, ignore_index, smoothing, scale,
+    SoftmaxErrorJob job = {logits, bias, labels,
+                           probabilities, rows, classes, ignore_index, smoothing, scale,
                            static_cast<DType>(dtype), write};
     return without_lock_if_long(rows * classes, [&] { return BLLKERN_DISPATCH(softmax_errors)(job); });
 }
 
-double linear_head_at(int64_t x, int64_t weight, int64_t bias, int64_t labels, int64_t probabilities, int64_t grad_x,
-                      int64_t grad_weight, int64_t grad_bias, int64_t rows, int64_t width, int64_t classes,
+double linear_head_at(Address x, Address weight, Address bias, Address labels, Address probabilities, Address grad_x,
+                      Address grad_weight, Address grad_bias, int64_t rows, int64_t width, int64_t classes,
                       int64_t ignore_index, float smoothing, bool mean, int dtype) {
     const float scale = row_scale(labels, rows, classes, ignore_index, mean);
-    LinearHeadJob job = {pointer<const void>(x), pointer<const void>(weight), pointer<const void>(bias),
-                         pointer<const int64_t>(labels), pointer<const float>(probabilities), pointer<void>(grad_x),
-                         pointer<void>(grad_weight), pointer<void>(grad_bias), rows, width, classes, ignore_index,
+    LinearHeadJob job = {x, weight, bias,
+                         labels, probabilities, grad_x,
+                         grad_weight, grad_bias, rows, width, classes, ignore_index,
                          smoothing, scale, static_cast<DType>(dtype)};
     return without_lock_if_long(rows * width, [&] { return BLLKERN_DISPATCH(linear_head)(job); });
 }
@@ -154,71 +153,71 @@ py::object small_head_loss(py::handle x, py::handle weight, py::handle bias, py:
         if (!offsets || of_bias.dims != 1 || of_bias.dtype != of_x.dtype || of_bias.sizes[0] != classes)
             return py::none();
     }
-    auto address = [](const void* p) { return reinterpret_cast<int64_t>(p); };
+    auto address = [](const void* p) { return Address{const_cast<void*>(p)}; };
     return py::float_(linear_head_at(address(of_x.data), address(of_weight.data), address(offsets),
-                                     address(labels.data), 0, 0, 0, 0, rows, width, classes, ignore_index, static_cast<float>(smoothing),
+                                     address(labels.data), {}, {}, {}, {}, rows, width, classes, ignore_index, static_cast<float>(smoothing),
                                      reduction == "mean", dtype));
 }
 
-int64_t normalize_rows_at(int64_t x, int64_t labels, int64_t normalized, int64_t rows, int64_t width,
+int64_t normalize_rows_at(Address x, Address labels, Address normalized, int64_t rows, int64_t width,
                           int64_t ignore_index, int dtype) {
-    NormalizeJob job = {pointer<const void>(x), pointer<const int64_t>(labels), pointer<float>(normalized), rows, width,
+    NormalizeJob job = {x, labels, normalized, rows, width,
                         ignore_index, static_cast<DType>(dtype)};
     return without_lock_if_long(rows * width, [&] { return BLLKERN_DISPATCH(normalize_rows)(job); });
 }
 
-void normalize_gradient_at(int64_t x, int64_t by_rows, int64_t by_classes, int64_t labels, int64_t counts,
-                           int64_t grad_x, int64_t rows, int64_t width, int64_t ignore_index, float scale, int dtype) {
-    NormalizeGradientJob job = {pointer<const void>(x), pointer<const float>(by_rows), pointer<const float>(by_classes),
-                                pointer<const int64_t>(labels), pointer<const int64_t>(counts), pointer<void>(grad_x),
+void normalize_gradient_at(Address x, Address by_rows, Address by_classes, Address labels, Address counts,
+                           Address grad_x, int64_t rows, int64_t width, int64_t ignore_index, float scale, int dtype) {
+    NormalizeGradientJob job = {x, by_rows, by_classes,
+                                labels, counts, grad_x,
                                 rows, width, ignore_index, scale, static_cast<DType>(dtype)};
     without_lock_if_long(rows * width, [&] { BLLKERN_DISPATCH(normalize_gradient)(job); });
 }
 
-double gram_error_at(int64_t gram, int64_t labels, int64_t first, int64_t rows, int64_t columns, int64_t ignore_index,
+double gram_error_at(Address gram, Address labels, int64_t first, int64_t rows, int64_t columns, int64_t ignore_index,
                      bool without_diagonal) {
-    GramErrorJob job = {pointer<float>(gram), pointer<const int64_t>(labels), first, rows, columns, ignore_index,
+    GramErrorJob job = {gram, labels, first, rows, columns, ignore_index,
                         without_diagonal};
     return without_lock_if_long(rows * columns, [&] { return BLLKERN_DISPATCH(gram_error)(job); });
 }
 
-double sum_of_squares_at(int64_t x, int64_t count) {
-    return without_lock_if_long(count, [&] { return BLLKERN_DISPATCH(sum_of_squares)(pointer<const float>(x), count); });
+double sum_of_squares_at(Address x, int64_t count) {
+    return without_lock_if_long(count, [&] { return BLLKERN_DISPATCH(sum_of_squares)(x, count); });
 }
 
-void prototypes_at(int64_t x, int64_t labels, int64_t prototypes, int64_t counts, int64_t rows, int64_t width,
+void prototypes_at(Address x, Address labels, Address prototypes, Address counts, int64_t rows, int64_t width,
                    int64_t classes, int64_t ignore_index, int dtype) {
-    PrototypesJob job = {pointer<const void>(x), pointer<const int64_t>(labels), pointer<float>(prototypes),
-                         pointer<int64_t>(counts), rows, width, classes, ignore_index, static_cast<DType>(dtype)};
+    PrototypesJob job = {x, labels, prototypes,
+                         counts, rows, width, classes, ignore_index, static_cast<DType>(dtype)};
     without_lock_if_long(rows * width, [&] { BLLKERN_DISPATCH(prototypes)(job); });
 }
 
 template <class Pass> auto with_pack_job(Pass pass) {
-    return [pass](int64_t words, int64_t packed, int64_t count, int64_t word_bytes, int64_t bytes) {
-        PackJob job = {pointer<void>(words), pointer<void>(packed), count, word_bytes, bytes};
+    return [pass](Address words, Address packed, int64_t count, int64_t word_bytes, int64_t bytes) {
+        PackJob job = {words, packed, count, word_bytes, bytes};
         return without_lock_if_long(count, [&] { return pass(job); });
     };
 }
 
 template <class Pass> auto with_spatial_mean_job(Pass pass) {
-    return [pass](int64_t x, int64_t mean, int64_t maps, int64_t places, int dtype) {
-        SpatialMeanJob job = {pointer<void>(x), pointer<void>(mean), maps, places, static_cast<DType>(dtype)};
+    return [pass](Address x, Address mean, int64_t maps, int64_t places, int dtype) {
+        SpatialMeanJob job = {x, mean, maps, places, static_cast<DType>(dtype)};
         without_lock_if_long(maps * places, [&] { pass(job); });
     };
 }
 
 // A function of one job, whose members are its arguments; of each pass some are 0.
 template <class Pass> auto with_batch_norm_job(Pass pass) {
-    return [pass](int64_t x, int64_t weight, int64_t bias, int64_t shortcut, int64_t mean, int64_t variance, int64_t z,
-                  int64_t features, int64_t active, int64_t along, int64_t by_z, int64_t by_features, int64_t by_weight,
-                  int64_t by_bias, int64_t grad_x, int64_t grad_shortcut, int64_t images, int64_t channels, int64_t height,
+    return [pass](Address x, Address weight, Address bias, Address shortcut, Address mean, Address variance, Address z,
+                  Address features, Address active, Address along, Address by_z, Address by_features, Address by_weight,
+                  Address by_bias, Address grad_x, Address grad_shortcut, int64_t images, int64_t channels, int64_t height,
                   int64_t width, int64_t out_height, int64_t out_width, int64_t bins_down, int64_t bins_across, int window,
                   float eps, int dtype, bool channels_last) {
-        BatchNormReluJob job = {pointer<const void>(x), pointer<const float>(weight), pointer<const float>(bias),
-                                pointer<const void>(shortcut), pointer<float>(mean), pointer<float>(variance),
-                                pointer<void>(z), pointer<float>(features), pointer<float>(active), pointer<float>(along),
-                                pointer<const void>(by_z), pointer<const float>(by_features), pointer<float>(by_weight),
-                                pointer<float>(by_bias), pointer<void>(grad_x), pointer<void>(grad_shortcut),
+        BatchNormReluJob job = {x, weight, bias,
+                                shortcut, mean, variance,
+                                z, features, active, along,
+                                by_z, by_features, by_weight,
+                                by_bias, grad_x, grad_shortcut,
                                 images, channels, height, width, out_height, out_width, bins_down, bins_across, window,
                                 eps, static_cast<DType>(dtype), channels_last};
         without_lock_if_long(images * channels * height * width, [&] { pass(job); });
@@ -239,7 +238,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("isa", [] { return kIsaNames[static_cast<int>(current_isa())]; });
     m.def("set_isa", &set_isa_by_name);
     m.def("keep_freed_memory", &keep_freed_memory);
-    m.def("prefer_huge_pages", [](int64_t p, int64_t bytes) { prefer_huge_pages(reinterpret_cast<void*>(p), bytes); });
+    m.def("prefer_huge_pages", [](Address x, int64_t bytes) { prefer_huge_pages(x, bytes); });
 
     m.def("agreement", with_agreement_job([](const AgreementJob& job) {
         without_lock_if_long(job.rows * job.width, [&] { BLLKERN_DISPATCH(agreement)(job); });
@@ -264,8 +263,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("spread_mean", with_spatial_mean_job([](const auto& job) { BLLKERN_DISPATCH(spread_mean)(job); }));
 #if BLLKERN_CUDA_BUILT
     m.def("agreement_cuda_partials", with_agreement_job(&agreement_cuda_partials));
-    m.def("agreement_cuda", with_agreement_job<int64_t, int64_t>([](const auto& job, int64_t partials, int64_t stream) {
-        check("agreement", agreement_cuda(job, pointer<float>(partials), pointer<void>(stream)));
+    m.def("agreement_cuda", with_agreement_job<Address, int64_t>([](const auto& job, Address partials, int64_t stream) {
+        check("agreement", agreement_cuda(job, partials, reinterpret_cast<void*>(stream)));
     }));
 #endif
 }

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bllkern.execution.streams import NoStreams
+from bllkern.execution.streams import NoStreams, tensors
 
 
 class Recorder(NoStreams):
@@ -44,8 +44,8 @@ class Recorder(NoStreams):
     def wait(self, stream, event):
         self.trace.append(("wait", event, stream))
 
-    def keep(self, tensor, stream):
-        self.trace.append(("keep", self.memory([tensor])[0], stream))
+    def keep(self, tree, stream):
+        self.trace.extend(("keep", memory, stream) for memory in self.memory(tensors(tree)))
 
     def used(self) -> set:
         """The streams that were given an operation."""

@@ -1,6 +1,6 @@
 """The only package that calls the compiled module: checks, allocation, stream.
 
-A kernel of ``_C`` takes raw pointers to contiguous tensors and writes into tensors allocated here.
+A kernel of ``_C`` takes the addresses of contiguous tensors and writes into tensors allocated here.
 """
 
 from .agreement import agreement

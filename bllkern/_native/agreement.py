@@ -21,11 +21,11 @@ def agreement(
     by_a = empty_like(a) if grad_a else None
     by_b = empty_like(b) if grad_b else None
     job = (
-        a.data_ptr(),
-        b.data_ptr(),
-        by_a.data_ptr() if grad_a else 0,
-        by_b.data_ptr() if grad_b else 0,
-        loss.data_ptr(),
+        a,
+        b,
+        by_a,
+        by_b,
+        loss,
         rows,
         width,
         group_size or width,

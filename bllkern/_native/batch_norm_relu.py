@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._ops import layout, pooled_shape
-from .module import _C, DTYPES, address, empty
+from .module import _C, DTYPES, empty
 
 
 def batch_norm_relu(
@@ -20,19 +20,20 @@ def batch_norm_relu(
     pool: int,
 ) -> tuple[Tensor, ...]:
     """The op ``batch_norm_relu`` of ``bllkern/_ops.py`` on the CPU."""
-    form = layout(x)
-    x, shortcut = (t if t is None else t.contiguous(memory_format=form) for t in (x, shortcut))
-    weight, bias = weight.float().contiguous(), bias.float().contiguous()
+    form, dtype = layout(x), x.dtype
+    x, shortcut = _laid_out(x, form), _laid_out(shortcut, form)
+    weight, bias = _plain(weight), _plain(bias)
     shape, bins = pooled_shape(x, max_pool, ceil_mode, pool)
-    z = empty(shape, x, x.dtype, form)
-    features, *kept = (empty(bins, x, torch.float32, f) for f in (torch.contiguous_format, form, form))
-    mean, variance = (x.new_zeros(shape[1], dtype=torch.float32) for _ in range(2))
+    z = empty(shape, x, dtype, form)
+    features = empty(bins, x, torch.float32)
+    active, along = empty(bins, x, torch.float32, form), empty(bins, x, torch.float32, form)
+    mean, variance = _zeros(shape[1], x), _zeros(shape[1], x)
     if x.numel():
-        tensors = (x, weight, bias, shortcut, mean, variance, z, features, *kept)
-        pointers = (*map(address, tensors), *[0] * 6)
+        tensors = (x, weight, bias, shortcut, mean, variance, z, features, active, along)
         sizes = (*x.shape, *shape[2:], *bins[2:])
-        _C.batch_norm_relu(*pointers, *sizes, max_pool, eps, DTYPES[x.dtype], form == torch.channels_last)
-    return z, features, mean, variance, *kept
+        last = form is torch.channels_last
+        _C.batch_norm_relu(*tensors, *_NO_GRADIENTS, *sizes, max_pool, eps, DTYPES[dtype], last)
+    return z, features, mean, variance, active, along
 
 
 def batch_norm_relu_gradient(
@@ -53,19 +54,33 @@ def batch_norm_relu_gradient(
     grad_shortcut: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """The op ``batch_norm_relu_gradient`` of ``bllkern/_ops.py`` on the CPU."""
-    form = layout(x)
-    x, z, by_z = (t if t is None else t.contiguous(memory_format=form) for t in (x, z, by_z))
-    active, along = (t.float().contiguous(memory_format=form) for t in (active, along))
-    given = (weight, bias, mean, variance, by_features)
-    weight, bias, mean, variance, by_features = (t if t is None else t.float().contiguous() for t in given)
-    by_x, by_shortcut = (empty(x.shape, x, x.dtype, form) if wanted else None for wanted in (grad_x, grad_shortcut))
-    by_weight, by_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+    form, shape, dtype = layout(x), x.shape, x.dtype
+    x, z, by_z = _laid_out(x, form), _laid_out(z, form), _laid_out(by_z, form)
+    active, along = _laid_out(active.float(), form), _laid_out(along.float(), form)
+    weight, bias, mean, variance = _plain(weight), _plain(bias), _plain(mean), _plain(variance)
+    by_features = None if by_features is None else _plain(by_features)
+    by_x = empty(shape, x, dtype, form) if grad_x else None
+    by_shortcut = empty(shape, x, dtype, form) if grad_shortcut else None
+    by_weight, by_bias = _zeros(shape[1], x), _zeros(shape[1], x)
     if x.numel():
         tensors = (x, weight, bias, None, mean, variance, z, None, active, along)
         gradients = (by_z, by_features, by_weight, by_bias, by_x, by_shortcut)
-        shape = pooled_shape(x, max_pool, ceil_mode, 1)[0]
-        sizes = (*x.shape, *shape[2:], *active.shape[2:])
-        pointers = map(address, (*tensors, *gradients))
-        last = form == torch.channels_last
-        _C.batch_norm_relu_gradient(*pointers, *sizes, max_pool, eps, DTYPES[x.dtype], last)
+        sizes = (*shape, *pooled_shape(x, max_pool, ceil_mode, 1)[0][2:], *active.shape[2:])
+        last = form is torch.channels_last
+        _C.batch_norm_relu_gradient(*tensors, *gradients, *sizes, max_pool, eps, DTYPES[dtype], last)
     return by_x, by_shortcut, by_weight, by_bias
+
+
+_NO_GRADIENTS = (None,) * 6
+
+
+def _laid_out(x: Tensor | None, form: torch.memory_format) -> Tensor | None:
+    return x if x is None else x.contiguous(memory_format=form)
+
+
+def _zeros(count: int, like: Tensor) -> Tensor:
+    return like.new_zeros(count, dtype=torch.float32)
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.float().contiguous()

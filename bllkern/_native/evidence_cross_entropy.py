@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .module import _C, DTYPES, FAMILIES, address, empty, empty_like
+from .module import _C, DTYPES, FAMILIES, empty, empty_like
 
 _SMALL = 1 << 15  # rows * classes * width
 
@@ -44,16 +44,16 @@ def evidence_cross_entropy(
     if rows * classes * width > _SMALL:
         workspace = empty(_C.evidence_workspace(rows, classes, width, group, family_index), a, torch.float32)
     _C.evidence_cross_entropy(
-        a.data_ptr(),
-        messages.data_ptr(),
-        address(log_prior),
-        address(labels),
-        address(probabilities),
-        address(by_a),
-        address(by_messages),
-        address(by_log_prior),
-        loss.data_ptr(),
-        address(workspace),
+        a,
+        messages,
+        log_prior,
+        labels,
+        probabilities,
+        by_a,
+        by_messages,
+        by_log_prior,
+        loss,
+        workspace,
         rows,
         classes,
         width,

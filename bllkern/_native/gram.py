@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .module import _C, address, empty
+from .module import _C, empty
 from .prototypes import normalization_gradient, normalized, prototypes
 
 _TILE_ROWS = 256  # enough for products at full speed; a tile takes 1 MiB for each 1024 rows of x
@@ -54,7 +54,7 @@ def _by_tiles(x, xn, yn, labels, ignore_index, scale, grad_x):
         if yn is not None:
             tile.addmm_(yn[i : i + _TILE_ROWS], yn[i:].T, alpha=-1)
         without_diagonal = yn is None and labels is None
-        total += _C.gram_error(tile.data_ptr(), address(labels), i, *tile.shape, ignore_index, without_diagonal)
+        total += _C.gram_error(tile, labels, i, *tile.shape, ignore_index, without_diagonal)
         if grad_x:
             keep = 1 if i else 0  # of what the tiles above have left
             torch.addmm(by_xn[i : i + _TILE_ROWS], tile, rest, beta=keep, out=by_xn[i : i + _TILE_ROWS])
@@ -91,4 +91,4 @@ def _by_features(x, xn, labels, ignore_index, scale, grad_x):
 
 
 def _sum_of_squares(x: Tensor) -> float:
-    return _C.sum_of_squares(x.data_ptr(), x.numel())
+    return _C.sum_of_squares(x, x.numel())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .module import _C, DTYPES, address, empty, empty_like
+from .module import _C, DTYPES, empty, empty_like
 
 _SMALL_CLASSES = 32  # matrix products with so few columns, or
 _SMALL_PRODUCTS = 1 << 23  # with so few multiplications, are faster without the library
@@ -59,14 +59,14 @@ def _whole(features, weight, bias, target, settings, wanted):
     by_bias = empty_like(bias) if grad_bias else None
     soft = target.dtype is torch.float32
     loss = _C.linear_head(
-        features.data_ptr(),
-        weight.data_ptr(),
-        address(bias),
-        0 if soft else target.data_ptr(),
-        target.data_ptr() if soft else 0,
-        address(by_x),
-        address(by_weight),
-        address(by_bias),
+        features,
+        weight,
+        bias,
+        None if soft else target,
+        target if soft else None,
+        by_x,
+        by_weight,
+        by_bias,
         *features.shape,
         len(weight),
         *settings,
@@ -79,7 +79,7 @@ def _by_tiles(features, weight, bias, target, settings, wanted):
     """The same by matrix products of bfloat16 where the features are, else of float32."""
     ignore_index, label_smoothing, mean = settings
     soft, given = target.dtype is torch.float32, features.dtype
-    counted = len(target) if soft else _C.count_labels(target.data_ptr(), len(target), len(weight), ignore_index)
+    counted = len(target) if soft else _C.count_labels(target, len(target), len(weight), ignore_index)
     scale = 1 / counted if counted and mean else 1.0
     dtype = torch.bfloat16 if given == torch.bfloat16 else torch.float32
     features, w, (rows, width), classes = features.to(dtype), weight.to(dtype), features.shape, len(weight)
@@ -93,13 +93,13 @@ def _by_tiles(features, weight, bias, target, settings, wanted):
     for i in range(0, max(rows, 1), step):
         part = features[i : i + step]
         tile = logits[: len(part)]
-        goal = target[i : i + step].data_ptr()
+        goal = target[i : i + step]
         torch.mm(part, w.T, out=tile)
         loss += _C.softmax_errors(
-            tile.data_ptr(),
-            address(offsets),
-            0 if soft else goal,
-            goal if soft else 0,
+            tile,
+            offsets,
+            None if soft else goal,
+            goal if soft else None,
             len(part),
             classes,
             ignore_index,
@@ -124,12 +124,12 @@ def _spatial_mean(x: Tensor) -> Tensor:
     if not x.is_contiguous() or not places:
         return x.flatten(2).mean(2)
     mean = x.new_empty(maps)
-    _C.spatial_mean(x.data_ptr(), mean.data_ptr(), maps.numel(), places, DTYPES[x.dtype])
+    _C.spatial_mean(x, mean, maps.numel(), places, DTYPES[x.dtype])
     return mean
 
 
 def _spread(by_mean: Tensor, x: Tensor) -> Tensor:
     """The gradient by x [N, D, *spatial] of a mean over space whose gradient is ``by_mean`` [N, D]."""
     by_x = empty(x.shape, x, x.dtype)
-    _C.spread_mean(by_x.data_ptr(), by_mean.data_ptr(), by_mean.numel(), x.shape[2:].numel(), DTYPES[x.dtype])
+    _C.spread_mean(by_x, by_mean, by_mean.numel(), x.shape[2:].numel(), DTYPES[x.dtype])
     return by_x

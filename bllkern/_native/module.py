@@ -40,7 +40,7 @@ def empty_like(x: Tensor) -> Tensor:
 
 def _in_huge_pages(result: Tensor) -> Tensor:
     if result.nbytes >= _LARGE and not result.is_cuda:
-        _C.prefer_huge_pages(result.data_ptr(), result.nbytes)
+        _C.prefer_huge_pages(result, result.nbytes)
     return result
 
 
@@ -50,12 +50,8 @@ def keep_freed_memory() -> None:
         _C.keep_freed_memory()
 
 
-def address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def on_stream(kernel, partials_of, device: torch.device, job: tuple) -> None:
     """Call a CUDA ``kernel`` on torch's current stream, with scratch memory of the size it asks for."""
     with torch.cuda.device(device):
         partials = torch.empty(partials_of(*job), dtype=torch.float32, device=device)
-        kernel(*job, partials.data_ptr(), torch.cuda.current_stream(device).cuda_stream)
+        kernel(*job, partials, torch.cuda.current_stream(device).cuda_stream)

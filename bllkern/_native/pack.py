@@ -9,9 +9,9 @@ from .module import _C
 
 def pack(x: Tensor, word_bytes: int, out: Tensor) -> int:
     """``pack`` of ``backends/reference.py``."""
-    return _C.pack(x.data_ptr(), out.data_ptr(), x.nbytes // word_bytes, word_bytes, out.nbytes)
+    return _C.pack(x, out, x.nbytes // word_bytes, word_bytes, out.nbytes)
 
 
 def unpack(packed: Tensor, word_bytes: int, out: Tensor) -> bool:
     """``unpack`` of ``backends/reference.py``."""
-    return _C.unpack(out.data_ptr(), packed.data_ptr(), out.nbytes // word_bytes, word_bytes, packed.nbytes)
+    return _C.unpack(out, packed, out.nbytes // word_bytes, word_bytes, packed.nbytes)

@@ -19,7 +19,6 @@ have them filled with zeros again (15,000 to 25,000 page faults in a step of Res
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
@@ -36,6 +35,11 @@ if TYPE_CHECKING:
     from ..feedback import Feedback
 
 BLOCK_STREAMS = 3  # a backward pass costs two forward passes, so one block learns beside the forward passes of two
+
+
+def tensors(tree) -> list[Tensor]:
+    """All tensors in ``tree``."""
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 class NoStreams:
@@ -56,8 +60,8 @@ class NoStreams:
     def wait(self, stream, event) -> None:
         """Let what ``stream`` is given from now on wait for ``event``; the host waits for nothing."""
 
-    def keep(self, tensor: Tensor, stream) -> None:
-        """``stream`` reads ``tensor``: its memory must not be given away before that is done."""
+    def keep(self, tree, stream) -> None:
+        """``stream`` reads the tensors in ``tree``: their memory must not be given away before that is done."""
 
     def synchronize(self, stream) -> None:
         """Let the host wait until all that ``stream`` was given is done."""
@@ -83,8 +87,9 @@ class CudaStreams(NoStreams):
     def wait(self, stream, event) -> None:
         stream.wait_event(event)
 
-    def keep(self, tensor: Tensor, stream) -> None:
-        tensor.record_stream(stream)
+    def keep(self, tree, stream) -> None:
+        for tensor in tensors(tree):
+            tensor.record_stream(stream)
 
     def synchronize(self, stream) -> None:
         stream.synchronize()
@@ -107,7 +112,6 @@ class Pass:
         self.origin = self.streams.current()
         self.start = self.streams.record(self.origin)
         self.used: list = []
-        self.handed_on: Tensor | None = None
         self.met: set[Boundary] = set()
         self.messages: dict[Feedback, Tensor] = {}
         self.messages_ready: object = None
@@ -127,15 +131,13 @@ class Pass:
             if other is not stream:
                 self.streams.wait(stream, self.streams.record(other))
 
-    def arrive(self, boundary: Boundary, inputs: Iterator[Tensor]):
+    def arrive(self, boundary: Boundary, inputs):
         """The activation at ``boundary`` was launched; its event, or ``None`` where the next block must wait for all.
 
         ``inputs`` are what the module at the boundary read: a mask, say, that an earlier block computed.
         """
         stream = self.streams.current()
-        for tensor in inputs:
-            if tensor is not self.handed_on:
-                self.streams.keep(tensor, stream)
+        self.streams.keep(inputs, stream)
         if boundary in self.met:  # used twice: its parameters have a gradient on the way already
             boundary.repeated = True
             self._wait_for_all(stream)
@@ -154,7 +156,6 @@ class Pass:
         if ready is not None and z.device == self.device:
             self._next_block(ready)
             self.streams.keep(z, self.streams.current())
-            self.handed_on = z
 
     def message(self, feedback: Feedback) -> Tensor | None:
         """The message of ``feedback``, detached, or ``None`` when asked again: the weights may have moved since.
@@ -247,7 +248,7 @@ def arrive(boundary: Boundary, args: tuple, kwargs: dict):
     """See :meth:`Pass.arrive`."""
     found = running()
     if found is not None:
-        return found.arrive(boundary, (x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)))
+        return found.arrive(boundary, (args, kwargs))
 
 
 def leave(z: Tensor, ready) -> None:

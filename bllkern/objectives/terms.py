@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import families, feedback, functional
+from ..execution.schedules import without_autocast
 from ..execution.targets import Targets, kind_of
 from ..feedback import LazyWeight
 from .features import raised, rows
@@ -102,10 +103,8 @@ class LocalLoss(nn.Module):
         if isinstance(self.feedback, feedback.InverseFeedback):
             tokens = len(batch.features) != len(z)
             self.feedback.remember(partial(rows, z.detach(), tokens, self.recipe.pool, self.channel_dim))
-        return {
-            name: getattr(self.recipe, name) * (known[name] if name in known else getattr(batch, name)())
-            for name in self.terms
-        }
+        found = {name: known[name] if name in known else getattr(batch, name)() for name in self.terms}
+        return {name: _times(getattr(self.recipe, name), term) for name, term in found.items()}
 
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, target: Targets
@@ -126,7 +125,7 @@ class LocalLoss(nn.Module):
         batch = Batch(self, x, x_rows, y, self._kind, target.ignore_index, None)
         if torch.is_autocast_enabled(x.device.type):
             x_rows, weight, bias = _cast(torch.get_autocast_dtype(x.device.type), x_rows, weight, bias)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             message, weights = batch.message(), batch.row_weights()
             z, loss = functional.linear_agreement(
                 x_rows, weight, bias, message, self.family, "mean" if weights is None else "sum", weights
@@ -237,9 +236,15 @@ class Batch:
         """Class-normalised prediction from the log evidence of every class (BLL), with ``label_smoothing``.
 
         A likelihood is known up to a factor for each class: it is ``exp(log_prior_c - A(b_c))`` here, without which a
-        large message would win whatever the activation says.
+        large message would win whatever the activation says.  For the Gaussian of unit precision that leaves a linear
+        head, ``a . b_c + log_prior_c``: ``A(a + b_c) - A(a) = a . b_c + A(b_c)``.
         """
         self._needs_classes("evidence")
+        if type(self.family) is families.Gaussian:
+            settings = {"label_smoothing": self.recipe.label_smoothing, "ignore_index": self.ignore_index}
+            return functional.linear_cross_entropy(
+                self.features, self.messages, self.loss.log_prior, self.y, **settings
+            )
         return functional.evidence_cross_entropy(
             self.family.natural(self.features),
             self.messages,
@@ -261,20 +266,13 @@ class Batch:
 
     def similarity(self) -> Tensor:
         """Gram matrices of the features, hidden and pooled, against that of the labels or of the feedback messages."""
-        chosen = self._gram_rows()
         by_feedback = self.recipe.similarity_target == "feedback"
-        target = (self.message().detach()[chosen],) if by_feedback else (self.y[chosen], self.ignore_index)
-        matching = functional.similarity_matching(self.features[chosen], *target)
+        chosen = _gram_rows(self.message().detach() if by_feedback else self.y)
+        target = (chosen,) if by_feedback else (chosen, self.ignore_index)
+        matching = functional.similarity_matching(_gram_rows(self.features), *target)
         if self.plain is not None:
-            matching = matching + functional.similarity_matching(self.plain[chosen], *target)
+            matching = matching + functional.similarity_matching(_gram_rows(self.plain), *target)
         return matching if not by_feedback or PREDICT & set(self.loss.terms) else matching + self._prototypes()
-
-    def _gram_rows(self) -> Tensor | slice:
-        """Up to ``GRAM_ROWS`` rows for a Gram matrix, which grows with their square; scattered over the batch."""
-        count = len(self.features)
-        if count <= GRAM_ROWS:
-            return slice(None)
-        return torch.arange(GRAM_ROWS, device=self.features.device) * SCATTER % count
 
     def _prototypes(self) -> Tensor:
         """What feedback learns from that no other term trains: the mean direction of each class (BLL, released recipe).
@@ -289,7 +287,7 @@ class Batch:
 
     def decorrelation(self) -> Tensor:
         """Squared off-diagonal Gram matrix of the features (BLL, released recipe)."""
-        return functional.decorrelation(self.features[self._gram_rows()])
+        return functional.decorrelation(_gram_rows(self.features))
 
     def denoising(self) -> Tensor:
         """The output under a noisy input is pulled to the clean output, which is held fixed (BLL)."""
@@ -307,7 +305,18 @@ class Batch:
             raise ValueError(f"{term} normalises over classes: targets must be classes or probabilities, got real")
 
 
+def _gram_rows(x: Tensor) -> Tensor:
+    """Up to ``GRAM_ROWS`` rows of ``x`` for a Gram matrix, which grows with their square; scattered over the batch."""
+    if len(x) <= GRAM_ROWS:
+        return x
+    return x[torch.arange(GRAM_ROWS, device=x.device) * SCATTER % len(x)]
+
+
 def total(terms: dict[str, Tensor], scale: float) -> Tensor:
     """The sum of the weighted terms, times the step's scale."""
-    loss = sum(terms.values())
-    return loss if scale == 1 else loss * scale
+    return _times(scale, reduce(torch.add, terms.values()))
+
+
+def _times(factor: float, term: Tensor) -> Tensor:
+    """``factor * term``; times 1 would still be an operation, and another in the backward pass."""
+    return term if factor == 1 else factor * term
