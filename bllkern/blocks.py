@@ -186,6 +186,8 @@ class Boundary(nn.Module):
 
 def first_tensor(output) -> Tensor:
     """The activation in what a module returned: the output itself, or the first entry of a tuple, dict or dataclass."""
+    if isinstance(output, Tensor):
+        return output
     if isinstance(output, Mapping):
         return next(iter(output.values()))
     if dataclasses.is_dataclass(output):
@@ -195,6 +197,8 @@ def first_tensor(output) -> Tensor:
 
 def _with_first(output, z: Tensor):
     """``output`` with ``z`` in the place of :func:`first_tensor`; what the module returned stays as it is."""
+    if isinstance(output, Tensor):
+        return z
     if isinstance(output, Mapping):
         changed = copy.copy(output)
         changed[next(iter(output))] = z

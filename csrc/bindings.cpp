@@ -181,6 +181,12 @@ double gram_error_at(Address gram, Address labels, int64_t first, int64_t rows, 
     return without_lock_if_long(rows * columns, [&] { return BLLKERN_DISPATCH(gram_error)(job); });
 }
 
+double gram_loss_at(Address x, Address labels, Address grad_x, int64_t rows, int64_t width, int64_t ignore_index,
+                    bool without_diagonal, int dtype) {
+    GramLossJob job = {x, labels, grad_x, rows, width, ignore_index, without_diagonal, static_cast<DType>(dtype)};
+    return without_lock_if_long(rows * width, [&] { return BLLKERN_DISPATCH(gram_loss)(job); });
+}
+
 double sum_of_squares_at(Address x, int64_t count) {
     return without_lock_if_long(count, [&] { return BLLKERN_DISPATCH(sum_of_squares)(x, count); });
 }
@@ -255,6 +261,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("normalize_rows", &normalize_rows_at);
     m.def("normalize_gradient", &normalize_gradient_at);
     m.def("gram_error", &gram_error_at);
+    m.def("gram_loss", &gram_loss_at);
     m.def("sum_of_squares", &sum_of_squares_at);
     m.def("pack", with_pack_job([](const PackJob& job) { return BLLKERN_DISPATCH(pack)(job); }));
     m.def("unpack", with_pack_job([](const PackJob& job) { return BLLKERN_DISPATCH(unpack)(job); }));

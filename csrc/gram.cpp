@@ -1,13 +1,15 @@
 #include "gram.h"
 
 #include "elementary.h"
-#include "rows.h"
+#include "normalize.h"
+#include "products.h"
 #include "threads.h"
 
 namespace bllkern::BLLKERN_ISA {
 namespace {
 
-constexpr int64_t kPiece = 16384;  // elements that a thread takes at a time
+constexpr int64_t kPiece = 16384;     // elements that a thread takes at a time
+constexpr int64_t kProducts = 65536;  // products that one does
 
 typedef int64_t Longs __attribute__((vector_size(2 * kLaneBytes)));
 
@@ -42,6 +44,36 @@ double gram_error(const GramErrorJob& job) {
     };
     parallel_for(job.rows, kPiece / (job.columns + 1) + 1, row);
     return sum_in_order(losses.data, job.rows);
+}
+
+// Rows u_i of length 1 with errors e_ij = u_i . u_j - target_ij have the loss sum(e_ij^2) / pairs, whose gradient by u_i is
+// 4 / pairs sum_j e_ij u_j.
+double gram_loss(const GramLossJob& job) {
+    const int64_t rows = job.rows, width = job.width, groups = (rows + kRows - 1) / kRows;
+    Scratch<float> u(rows * width), errors(rows * rows);
+    const int64_t counted =
+        normalize_rows({job.x, job.labels, u.data, rows, width, job.ignore_index, job.dtype});
+    const double pairs = static_cast<double>(counted ? counted * counted : 1);
+    const int64_t grain = kProducts / (kRows * rows * width + 1) + 1;
+    auto products = [&](int64_t group) {
+        const int64_t i = group * kRows;
+        for (int64_t j = 0; j < rows; j += kColumns)
+            dot_rows<float>(u.data + i * width, rows - i, u.data + j * width, rows - j, width,
+                            errors.data + i * rows + j, rows);
+    };
+    parallel_for(groups, grain, products);
+    const double loss = gram_error({errors.data, job.labels, 0, rows, rows, job.ignore_index, job.without_diagonal});
+    if (job.grad_x) {
+        Scratch<float> by_u(rows * width);
+        auto gradient = [&](int64_t group) {
+            const int64_t i = group * kRows;
+            combine_rows(errors.data + i * rows, rows - i, rows, u.data, width, by_u.data + i * width);
+        };
+        parallel_for(groups, grain, gradient);
+        normalize_gradient({job.x, by_u.data, nullptr, job.labels, nullptr, job.grad_x, rows, width, job.ignore_index,
+                            static_cast<float>(4 / pairs), job.dtype});
+    }
+    return loss / pairs;
 }
 
 double sum_of_squares(const float* x, int64_t count) {

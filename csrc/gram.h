@@ -1,8 +1,9 @@
-// The error of a tile of a Gram matrix of rows of length 1.
+// The error of the Gram matrix of rows of length 1: of a tile of it, or whole, with its gradient.
 #pragma once
 
 #include <cstdint>
 
+#include "dtype.h"
 #include "isa.h"
 
 namespace bllkern {
@@ -15,6 +16,20 @@ struct GramErrorJob {
     int64_t ignore_index;
     bool without_diagonal;  // the target of the diagonal is what the diagonal holds
 };
+
+// Few rows that are not yet of length 1: matrix products too small for a library's.
+struct GramLossJob {
+    const void* x;          // [rows, width]
+    const int64_t* labels;  // [rows] or null, as above
+    void* grad_x;           // like x, or null
+    int64_t rows, width;
+    int64_t ignore_index;
+    bool without_diagonal;
+    DType dtype;  // of x and grad_x
+};
+
+// The mean of the squared errors of all pairs of rows that count.
+BLLKERN_DECLARE(double gram_loss(const GramLossJob& job))
 
 // The sum of the squared errors of the tile and of its mirror image below the diagonal.
 BLLKERN_DECLARE(double gram_error(const GramErrorJob& job))

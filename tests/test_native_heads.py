@@ -59,6 +59,7 @@ def limits(monkeypatch):
         monkeypatch.setattr(TILES, "_SMALL_PRODUCTS", 0)
         monkeypatch.setattr(TILES, "_TILE_ROWS", rows)
         monkeypatch.setattr(TILES, "_TILE_BYTES", 1)
+        monkeypatch.setattr(GRAM, "_SMALL", 10**9 if small else 0)
         monkeypatch.setattr(GRAM, "_TILE_ROWS", rows)
 
     return set_limits
@@ -153,8 +154,10 @@ def test_no_logits_beyond_a_tile(limits):
     assert max(sizes) == 400 * 12
 
 
-def test_similarity_that_is_nearly_reached_keeps_its_digits():
+@both_paths
+def test_similarity_that_is_nearly_reached_keeps_its_digits(limits, small):
     """Classes along the axes: the small loss is a difference of large terms where features are few."""
+    limits(small, 256)
     target = torch.arange(200) % 4
     x = F.one_hot(target, 9) + 0.01 * torch.randn(200, 9)
     x[target == 3, 8] += 1

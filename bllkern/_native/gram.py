@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .module import _C, empty
+from .module import _C, DTYPES, empty, empty_like
 from .prototypes import normalization_gradient, normalized, prototypes
 
+_SMALL = 1 << 23  # products up to which one call does all of them faster than the library does its part
 _TILE_ROWS = 256  # enough for products at full speed; a tile takes 1 MiB for each 1024 rows of x
 _CANCELLED = 0.05  # of the terms whose difference is the loss: below it, float32 keeps too few digits of the difference
 
@@ -30,10 +31,15 @@ def _gram(x: Tensor, yn: Tensor | None, labels: Tensor | None, ignore_index: int
 
     The target is the Gram matrix of ``yn``, or equality of ``labels``, or (without either) its own diagonal.
     """
+    rows, width = x.shape
+    if yn is None and rows * rows * width <= _SMALL:
+        gradient = empty_like(x) if grad_x else None
+        given = (x, labels, gradient, rows, width, ignore_index, labels is None, DTYPES[x.dtype])
+        return torch.scalar_tensor(_C.gram_loss(*given), dtype=torch.float32), gradient
     xn, counted = normalized(x, labels, ignore_index)
     pairs = max(counted, 1) ** 2
     result = None
-    if yn is None and len(x) >= max(2 * x.shape[1], _TILE_ROWS) and x.shape[1]:
+    if yn is None and rows >= max(2 * width, _TILE_ROWS) and width:
         result = _by_features(x, xn, labels, ignore_index, 4 / pairs, grad_x)
     total, gradient = result or _by_tiles(x, xn, yn, labels, ignore_index, 4 / pairs, grad_x)
     return torch.tensor(total / pairs, dtype=torch.float32), gradient

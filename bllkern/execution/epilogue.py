@@ -108,13 +108,12 @@ def _residual(unit: nn.Module, x: Tensor, side: int) -> tuple[Tensor, Tensor | N
 
 def _next(norm: nn.BatchNorm2d, relu: nn.ReLU, conv: nn.Module, x: Tensor) -> Tensor:
     """``conv(relu(norm(x)))``, of which nothing but ``x`` is kept where that is cheap."""
-    convolves = type(conv) is nn.Conv2d and not _hooked(conv)
-    if not convolves or not _applies(norm, x) or not cheap_to_repeat(conv, x):
-        found = _ended(norm, x, 0)
-        return run(conv, relu(norm(x)) if found is None else found[0])[0]
-    out, mean, variance = normalized_convolution(conv, norm, x)
-    _update(norm, x, mean, variance)
-    return out
+    if type(conv) is nn.Conv2d and cheap_to_repeat(conv, x) and not _hooked(conv) and _applies(norm, x):
+        out, mean, variance = normalized_convolution(conv, norm, x)
+        _update(norm, x, mean, variance)
+        return out
+    found = _ended(norm, x, 0)
+    return run(conv, relu(norm(x)) if found is None else found[0])[0]
 
 
 def _ended(

@@ -55,10 +55,11 @@ def cheap_to_repeat(conv: nn.Conv2d, x: Tensor) -> bool:
 
     Only in float32 on a CPU, and not for padding by other values than 0.
     """
-    plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and x.device.type == "cpu"
-    if not plain or not x.dtype == conv.weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
+    weight = conv.weight
+    if x.nbytes < LARGE_BYTES or weight.numel() < PRODUCTS * weight.shape[1]:
         return False
-    return x.nbytes >= LARGE_BYTES and conv.weight[:, 0].numel() >= PRODUCTS
+    plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and x.device.type == "cpu"
+    return plain and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
 def normalized_convolution(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
