@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._ops import layout
 from ..backends import run
 from ._checks import once_differentiable
 
-LARGE_BYTES = 1 << 20  # of what is normalised, from which on it counts in the peak of memory
+LARGE_BYTES = 2 << 20  # of what is normalised, from which on it counts in the peak of memory
 PIECE_BYTES = 2 << 20  # of it that is made again at a time, or as much as the weight, whose gradient is added up
 PRODUCTS = 512  # for each value read, from which on making the value again costs little beside the convolution
 
@@ -35,6 +36,7 @@ class _NormalizedConvolution(torch.autograd.Function):
         wanted = ctx.needs_input_grad[4:6]
         by_z, sums = torch.empty_like(x) if through_norm else None, [None, None]
         images = max(max(PIECE_BYTES, weight.nbytes) * len(x) // x.nbytes, 1)
+        weight = weight.contiguous(memory_format=layout(x))  # once, not for each piece
         for places in (slice(start, start + images) for start in range(0, len(x), images)):
             z = F.batch_norm(x[places], mean, variance, norm_weight, norm_bias, False, 0.0, ctx.eps).relu_()
             given = (by_out[places], z, weight, *settings)
