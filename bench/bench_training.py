@@ -2,7 +2,8 @@
 
 The variants take turns in one process, so that what else the machine does weighs on all alike.  One benchmark times a
 round of one step each; ``extra_info["variants"]`` holds for each variant the median step time, the peak of torch's
-allocator in a step (beyond what the step began with), and both as ratios to backprop.
+allocator in a step (beyond what the step began with), and both as ratios to backprop: that of time is the median of the
+ratios within each round.
 """
 
 from functools import partial
@@ -17,8 +18,9 @@ import bllkern
 from bllkern import models
 from bllkern.models.resnet import BasicBlock, ResNet
 
-from common import DEVICES, in_turn, peak_memory
+from common import DEVICES, in_turn, peak_memory, seconds
 
+SECONDS = 60  # to spend on a case, roughly; at least ROUNDS rounds
 ROUNDS = 7
 LOCAL = {  # objective and schedule; what eager costs beside immediate, the gradients, is the same for every objective
     "bwbpf": ("bwbpf", "immediate"),
@@ -26,6 +28,7 @@ LOCAL = {  # objective and schedule; what eager costs beside immediate, the grad
     "bll eager": ("bll", "eager"),
     "predsim": ("predsim", "immediate"),
 }
+CHANNELS_LAST = ("bwbpf", "bll")  # also of a network whose weights are channels-last, as those of "backprop channels-last"
 STAGES = models.default_cuts("resnet50")
 CASES = {  # network, cuts (names, or a number and what to balance), batch
     "convnet": ("convnet", models.default_cuts("convnet"), 100),
@@ -34,14 +37,20 @@ CASES = {  # network, cuts (names, or a number and what to balance), batch
     "resnet32-16-blocks": ("resnet32", (16, "flops"), 64),
     "resnet110-16-blocks": ("resnet110", (16, "flops"), 64),
     "stack-16": ("stack16", [f"layer1.{i}" for i in range(16)], 16),
+    "vit": ("vit", models.default_cuts("vit"), 64),
+    "gpt": ("gpt", models.default_cuts("gpt"), 32),
 }
+CLASSES, TOKENS, LENGTH = 10, 65, 64
 
 
 def build(name):
-    """The network ``name`` for images of CIFAR's size; ``stackN`` has N residual units of 32 channels in a row."""
+    """The network ``name`` for images of CIFAR's size; ``stackN`` has N residual units of 32 channels in a row.
+
+    ``gpt`` is one for characters.
+    """
     if name.startswith("stack"):
-        return ResNet(BasicBlock, (int(name.removeprefix("stack")),), 10, (3, 32, 32), planes=32)
-    return models.build(name, 10, (3, 32, 32))
+        return ResNet(BasicBlock, (int(name.removeprefix("stack")),), CLASSES, (3, 32, 32), planes=32)
+    return models.build(name, TOKENS, (LENGTH,)) if name == "gpt" else models.build(name, CLASSES, (3, 32, 32))
 
 
 class Checkpointed(nn.Module):
@@ -67,7 +76,16 @@ class ChannelsLast(nn.Module):
 
 
 def checkpointed(net, cuts):
-    """``net`` with a checkpoint around each block that ``cuts`` end; blocks that span stages are cut there too."""
+    """``net`` with a checkpoint around each block that ``cuts`` end; blocks that span stages are cut there too.
+
+    Where modules deep in the network are named, the checkpoint is around each of these and of its siblings.
+    """
+    deep = {name.rpartition(".")[0] for name in cuts if name.count(".") > 1}
+    for siblings in map(net.get_submodule, deep):
+        for name, module in list(siblings.named_children()):
+            setattr(siblings, name, Checkpointed(module))
+    if deep:
+        return net
     for name, stage in net.named_children():
         if f"{name}" in cuts and any(True for _ in stage.parameters()):
             setattr(net, name, Checkpointed(stage))
@@ -84,11 +102,16 @@ def variants(name, cuts, example):
     if isinstance(cuts, tuple):
         names = bllkern.cuts.even(build(name).to(example.device), cuts[0], (example,), cuts[1])
     yield "backprop", build(name).to(example.device)
-    yield "backprop channels-last", ChannelsLast(build(name).to(example.device))
     yield "checkpointing", checkpointed(build(name).to(example.device), names)
+    classes = TOKENS if name == "gpt" else CLASSES
     for variant, options in LOCAL.items():
         net = build(name).to(example.device)
-        yield variant, bllkern.convert(net, names, 10, *options, example=example[:2])
+        yield variant, bllkern.convert(net, names, classes, *options, example=example[:2])
+    if any(isinstance(module, nn.BatchNorm2d) for module in net.modules()):
+        yield "backprop channels-last", ChannelsLast(build(name).to(example.device))
+        for variant in CHANNELS_LAST:
+            net = build(name).to(example.device, memory_format=torch.channels_last)
+            yield f"{variant} channels-last", bllkern.convert(net, names, classes, *LOCAL[variant], example=example[:2])
 
 
 def training_step(net, x, y):
@@ -98,7 +121,7 @@ def training_step(net, x, y):
 
     def step():
         with bllkern.targets(y):
-            loss = F.cross_entropy(net(x), y)
+            loss = F.cross_entropy(net(x).flatten(0, -2), y.flatten())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -106,8 +129,11 @@ def training_step(net, x, y):
     return step
 
 
-def batch(size, device):
-    return torch.randn(size, 3, 32, 32, device=device), torch.randint(0, 10, (size,), device=device)
+def batch(size, device, name=""):
+    """Inputs and targets for the network ``name``."""
+    if name == "gpt":
+        return tuple(torch.randint(0, TOKENS, (size, LENGTH), device=device) for _ in range(2))
+    return torch.randn(size, 3, 32, 32, device=device), torch.randint(0, CLASSES, (size,), device=device)
 
 
 def peak_of_step(step, device):
@@ -121,8 +147,9 @@ def peak_of_step(step, device):
 def test_training(benchmark, case, device):
     torch.manual_seed(0)
     name, cuts, size = CASES[case]
-    x, y = batch(size, device)
+    x, y = batch(size, device, name)
     steps = {variant: training_step(net, x, y) for variant, net in variants(name, cuts, x)}
     peaks = {variant: peak_of_step(step, device) for variant, step in steps.items()}
     benchmark.group = f"training {case} batch {size} {device}"
-    in_turn(benchmark, steps, peaks, "backprop", device, ROUNDS)
+    once = sum(seconds(step, device, rounds=1)[0] for step in steps.values())
+    in_turn(benchmark, steps, peaks, "backprop", device, max(ROUNDS, int(SECONDS / once)))

@@ -106,7 +106,8 @@ def seconds(run: Callable[[], None], device: str, rounds: int) -> list[float]:
 def in_turn(benchmark, steps: dict[str, Callable], peaks: dict[str, int], base: str, device: str, rounds: int) -> None:
     """Time rounds of one step of each variant, so that what else the machine does weighs on all alike.
 
-    ``extra_info["variants"]`` gets the median seconds and the ``peaks``, and both as ratios to the variant ``base``.
+    ``extra_info["variants"]`` gets the median seconds and the ``peaks``, and both as ratios to the variant ``base``: of
+    time the median over the rounds, in each of which the machine is as fast for one as for the other.
     """
     times, now = {variant: [] for variant in steps}, clock(device)
 
@@ -117,12 +118,11 @@ def in_turn(benchmark, steps: dict[str, Callable], peaks: dict[str, int], base: 
             times[variant].append(now() - start)
 
     benchmark.pedantic(round_of_all, rounds=rounds, iterations=1)
-    medians = {variant: median(measured) for variant, measured in times.items()}
     benchmark.extra_info["variants"] = {
         variant: {
-            "step_seconds": medians[variant],
+            "step_seconds": median(times[variant]),
             "peak_memory_bytes": peaks[variant],
-            "time_ratio": medians[variant] / medians[base],
+            "time_ratio": median(t / b for t, b in zip(times[variant], times[base], strict=True)),
             "memory_ratio": peaks[variant] / peaks[base],
         }
         for variant in steps
