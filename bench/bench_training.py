@@ -24,6 +24,7 @@ SECONDS = 60  # to spend on a case, roughly; at least ROUNDS rounds
 ROUNDS = 7
 LOCAL = {  # objective and schedule; what eager costs beside immediate, the gradients, is the same for every objective
     "bwbpf": ("bwbpf", "immediate"),
+    "bwbpf, the paper's head": (bllkern.objectives.BWBPF(head="linear", label_smoothing=0.0), "immediate"),
     "bll": ("bll", "immediate"),
     "bll eager": ("bll", "eager"),
     "predsim": ("predsim", "immediate"),

@@ -150,6 +150,7 @@ UNITS = {"BasicBlock": models.BasicBlock, "Bottleneck": models.Bottleneck}
 @pytest.mark.parametrize("kind, planes, passes", [("BasicBlock", 4, 2), ("BasicBlock", 64, 1), ("Bottleneck", 4, 3)])
 def test_residual_units_learn_as_they_would(fused, monkeypatch, kind, planes, passes, schedule):
     monkeypatch.setattr(convolution, "LARGE_BYTES", 1)
+    monkeypatch.setattr(epilogue, "LARGE_BYTES", 1)
     net, x = residual(UNITS[kind], planes), torch.randn(12, 3, 8, 8)
     compare(net, x, monkeypatch, "bwbpf", schedule, ["layer1.1", "layer2.0"])
     # in two steps of four units; wide ones normalise within the second convolution
@@ -158,12 +159,24 @@ def test_residual_units_learn_as_they_would(fused, monkeypatch, kind, planes, pa
 
 @pytest.mark.parametrize("kind", UNITS)
 def test_torchvisions_units_too(fused, monkeypatch, kind):
+    monkeypatch.setattr(epilogue, "LARGE_BYTES", 1)
     compare(torchvisions(kind), torch.randn(12, 3, 32, 32), monkeypatch, "bwbpf", "eager", ["layer1", "layer3"])
     assert len(fused) >= (2 * 5 if NATIVE else 0)
 
 
+def test_small_units_inside_a_block_run_as_they_are(fused, monkeypatch):
+    x = torch.randn(12, 3, 8, 8)
+    net = bllkern.convert(residual(models.BasicBlock), ["layer1.1", "layer2.0"], CLASSES, example=x)
+    for large, units in ((12 * 4 * 8 * 8 * 4, 3), (12 * 4 * 8 * 8 * 4 + 1, 2)):  # layer2.1 reads half as much
+        monkeypatch.setattr(epilogue, "LARGE_BYTES", large)
+        fused.clear()
+        nets.train(net, x, Y, 1)
+        assert len(fused) == (2 * units if NATIVE else 0)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
-def test_residual_units_under_autocast(autocast):
+def test_residual_units_under_autocast(monkeypatch, autocast):
+    monkeypatch.setattr(epilogue, "LARGE_BYTES", 1)
     net = bllkern.convert(
         residual(models.BasicBlock), ["layer1.0", "layer2.0"], CLASSES, example=torch.randn(2, 3, 8, 8)
     )

@@ -29,6 +29,9 @@ _RESIDUAL = {
 }
 
 
+LARGE_BYTES = 8 << 20  # that a unit inside a block reads, from which on the memory that one pass spares counts
+
+
 def run(module: nn.Module, x: Tensor, side: int = 0) -> tuple[Tensor, Tensor | None]:
     """``module(x)`` in training, and its average over at most ``side`` places a side where that comes with it."""
     if not _hooked(module):
@@ -61,7 +64,7 @@ def attached(unit: nn.Module) -> bool:
 def _forward(unit: nn.Module, x: Tensor) -> Tensor:
     if isinstance(x, noise.Pair):
         return noise.both(partial(_forward, unit), (x,), {})
-    if unit.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if x.nbytes >= LARGE_BYTES and unit.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _residual(unit, x, 0)[0]
     return type(unit).forward(unit, x)
 
