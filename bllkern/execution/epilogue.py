@@ -64,7 +64,8 @@ def attached(unit: nn.Module) -> bool:
 def _forward(unit: nn.Module, x: Tensor) -> Tensor:
     if isinstance(x, noise.Pair):
         return noise.both(partial(_forward, unit), (x,), {})
-    if x.nbytes >= LARGE_BYTES and unit.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    learns = unit.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if learns and x.nbytes >= LARGE_BYTES:
         return _residual(unit, x, 0)[0]
     return type(unit).forward(unit, x)
 
