@@ -65,7 +65,7 @@ def test_in_pieces(monkeypatch, images, pieces):
 
 @pytest.mark.parametrize("width, repeated", [(8, False), (64, True)])
 def test_what_is_cheap_to_repeat_is_not_kept(monkeypatch, width, repeated):
-    monkeypatch.setattr(convolutional, "LARGE_BYTES", 1)
+    monkeypatch.setitem(convolutional.LARGE_BYTES, "cpu", 1)
     unit, kept = models.BasicBlock(width, width, 1, None), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         epilogue.run(unit, torch.randn(2, width, 16, 16))
@@ -94,14 +94,14 @@ def test_frozen_weights_and_inputs():
     ids=["padding mode", "padding", "float64", "few products"],
 )
 def test_others_keep_it(monkeypatch, conv, dtype):
-    monkeypatch.setattr(convolutional, "LARGE_BYTES", 1)
+    monkeypatch.setitem(convolutional.LARGE_BYTES, "cpu", 1)
     assert not convolutional.cheap_to_repeat(conv, torch.randn(8, conv.in_channels, 8, 8, dtype=dtype))
 
 
 def test_small_ones_and_those_under_autocast_too(monkeypatch):
     x = torch.randn(8, 4, 8, 8)
     assert not convolutional.cheap_to_repeat(nn.Conv2d(4, 64, 3), x)
-    monkeypatch.setattr(convolutional, "LARGE_BYTES", x.nbytes)
+    monkeypatch.setitem(convolutional.LARGE_BYTES, "cpu", x.nbytes)
     assert convolutional.cheap_to_repeat(nn.Conv2d(4, 64, 3), x)
     with torch.autocast("cpu", torch.bfloat16):
         assert not convolutional.cheap_to_repeat(nn.Conv2d(4, 64, 3), x)

@@ -60,6 +60,18 @@ def test_the_same_weights_as_without(model, objective, optimizer):
     torch.testing.assert_close(results[1][2], results[0][2], rtol=0, atol=1e-10)
 
 
+def test_a_copy_moves_states_of_its_own():
+    net, optimizers, x, y = build()
+    step(net, optimizers, x, y)
+
+    def holders(net):
+        for block in manager(net).blocks:
+            block.moved = True  # as in training
+            yield from (id(place.holder) for place in manager(net).places(block))
+
+    assert not {*holders(net)} & {*holders(copy.deepcopy(net))}
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_two_blocks_are_there_at_a_time(training):
     net, optimizers, x, y = build("resnet")

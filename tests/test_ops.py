@@ -8,6 +8,7 @@ import torch
 
 import bllkern.functional as BF
 from bllkern import _ops, backends
+from bllkern.backends import reference
 
 from checks import Results, available, parameters, relative_l2, value_and_gradients
 
@@ -341,11 +342,7 @@ def raw_calls(op, wanted):
                 yield images, bias, bias, None, 1e-5, 2, True, 2
                 yield images, bias, bias, torch.randn_like(images), 1e-5, 1, False, 0
             else:
-                given = images, bias, bias, torch.randn(6), torch.rand(6)
-                kept, by_features = torch.rand(2, 2, 6, 2, 2), torch.randn(2, 6, 2, 2)
-                yield *given, *kept, None, None, by_features, 1e-5, 2, True, wanted, False
-                yield *given, *kept, images.relu(), images, by_features, 1e-5, 1, False, wanted, True
-                yield *given, *kept[..., :0, :0], None, images[..., :3, :2], None, 1e-5, 2, True, wanted, False
+                yield from _gradient_calls(images, bias, wanted)
     elif op == "prototypes":
         yield x, LABELS, 5, -100
         yield transposed, LABELS, 4, -100
@@ -356,6 +353,20 @@ def raw_calls(op, wanted):
     else:
         yield x, wanted
         yield transposed, wanted
+
+
+def _gradient_calls(images, bias, wanted):
+    """Of ``batch_norm_relu_gradient``: what the forward pass has kept, with each of the gradients that may come."""
+    by_features, shortcut = torch.randn(2, 6, 2, 2), torch.randn_like(images)
+    for given, settings, by_features, shares in (
+        (None, (1e-5, 2, True), by_features, False),
+        (shortcut, (1e-5, 1, False), by_features, True),
+        (None, (1e-5, 2, True), None, False),
+    ):
+        pool = 0 if by_features is None else 2
+        z, _, *kept = reference.batch_norm_relu(images, bias, bias, given, *settings, pool)
+        by_z = None if pool and not shares else torch.randn_like(z)
+        yield images, bias, bias, *kept, z if shares else None, by_z, by_features, *settings, wanted, shares
 
 
 @pytest.mark.parametrize("wanted", [False, True], ids=["loss", "gradients"])

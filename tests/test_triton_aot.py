@@ -140,6 +140,8 @@ def test_statistics_of_pieces(dtype, architecture):
     names = ("means_ptr", "squares_ptr", "mean_ptr", "variance_ptr")
     types = dict.fromkeys(names, "*fp32") | dict.fromkeys(("pieces", "channels", "length", "values"), "i32")
     check("_images", "_combined", types, {"ROWS": 512, "COLS": 8}, architecture, WARPS)
+    types = dict.fromkeys(("found_ptr", "sums_ptr"), "*fp32") | dict.fromkeys(("pieces", "channels"), "i32")
+    check("_images", "_added", types, {"ROWS": 512, "COLS": 8}, architecture, WARPS)
 
 
 @VARIANTS

@@ -78,9 +78,12 @@ def backend(name: str):
         _named = previous
 
 
+_WITHOUT_PRODUCTS = ("batch_norm_relu", "batch_norm_relu_gradient")  # in which autocast would change nothing
+
+
 def _kernel(op: str, device_type: str, args: tuple):
     function = _function(op, device_type, args[0].dtype, _named)
-    if not torch.is_autocast_enabled(device_type):
+    if op in _WITHOUT_PRODUCTS or not torch.is_autocast_enabled(device_type):
         return function(*args)
     with torch.autocast(device_type, enabled=False):  # matrix products keep the precision that the op promises
         return function(*args)

@@ -94,11 +94,15 @@ class RecordedStep(CapturedStep):
         return output
 
     def _record(self) -> None:
-        graph = torch.cuda.CUDAGraph()
+        graph, caller = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.stream.device)
+        generator = torch.cuda.default_generators[self.stream.device_index]
+        before = generator.clone_state()
         try:
             with torch.cuda.graph(graph, stream=self.stream):
                 self.output = self.step(*self.inputs)
         except RuntimeError as error:
+            torch.cuda.set_stream(caller)  # torch leaves both as a capture has them
+            generator.graphsafe_set_state(before)
             raise RuntimeError(
                 "the step cannot be recorded as a CUDA graph. It must not read a value on the host (.item(), print, "
                 "`if loss > 1`), nor clip with error_if_nonfinite=True; what it allocates once must be there after "

@@ -75,7 +75,10 @@ def _sequential(children: list[nn.Module], x: Tensor, side: int) -> tuple[Tensor
     while children:
         count = _fused(children)
         at_end = side if len(children) == max(count, 1) else 0
-        found = _ended(children[0], x, at_end, pool=children[2] if count == 3 else None) if count else None
+        batches: list[Batch] = []
+        pool = children[2] if count == 3 else None
+        found = _ended(children[0], x, at_end, batches, pool=pool) if count else None
+        _update(batches)
         if found is None:
             found, count = run(children[0], x, at_end), 1
         (x, pooled), children = found, children[count:]
@@ -98,32 +101,39 @@ def _residual(unit: nn.Module, x: Tensor, side: int) -> tuple[Tensor, Tensor | N
         layers.append((unit.conv3, unit.bn3))
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    known = all(_usable(norm) for _, norm in layers) and not _hooked(unit.relu) and x.dtype == dtype
+    norms = [norm for _, norm in layers]
+    known = all(map(_usable, norms)) and len({*norms}) == len(norms) and not _hooked(unit.relu) and x.dtype == dtype
     if not known or backends.choose("batch_norm_relu", kind, dtype) == "reference":
         return type(unit).forward(unit, x), None
     shortcut = x if unit.downsample is None else run(unit.downsample, x)[0]
-    norm = None
+    norm, batches = None, []
     for conv, after in layers:
-        x = run(conv, x)[0] if norm is None else _next(norm, unit.relu, conv, x)
+        x = run(conv, x)[0] if norm is None else _next(norm, unit.relu, conv, x, batches)
         norm = after
-    found = _ended(norm, x, side, shortcut)
+    found = _ended(norm, x, side, batches, shortcut)
+    _update(batches)
     return (unit.relu(norm(x) + shortcut), None) if found is None else found
 
 
-def _next(norm: nn.BatchNorm2d, relu: nn.ReLU, conv: nn.Module, x: Tensor) -> Tensor:
+def _next(norm: nn.BatchNorm2d, relu: nn.ReLU, conv: nn.Module, x: Tensor, batches: list[Batch]) -> Tensor:
     """``conv(relu(norm(x)))``, of which nothing but ``x`` is kept where that is cheap."""
     if type(conv) is nn.Conv2d and cheap_to_repeat(conv, x) and not _hooked(conv) and _applies(norm, x):
         out, mean, variance = normalized_convolution(conv, norm, x)
-        _update(norm, x, mean, variance)
+        batches.append((norm, _values(norm, x), mean, variance))
         return out
-    found = _ended(norm, x, 0)
+    found = _ended(norm, x, 0, batches)
     return run(conv, relu(norm(x)) if found is None else found[0])[0]
 
 
 def _ended(
-    norm: nn.BatchNorm2d, x: Tensor, side: int, shortcut: Tensor | None = None, pool: nn.MaxPool2d | None = None
+    norm: nn.BatchNorm2d,
+    x: Tensor,
+    side: int,
+    batches: list[Batch],
+    shortcut: Tensor | None = None,
+    pool: nn.MaxPool2d | None = None,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Activation [N, C, H, W] and its average over at most ``side`` places a side, the running statistics updated.
+    """Activation [N, C, H, W] and its average over at most ``side`` places a side; the statistics go to ``batches``.
 
     ``None`` where the op does not apply to the input of the normalisation.
     """
@@ -134,7 +144,7 @@ def _ended(
         return None
     settings = (norm.eps, window, ceil_mode, side, shortcut)
     z, pooled, mean, variance = batch_norm_relu(x, norm.weight, norm.bias, *settings)
-    _update(norm, x, mean, variance)
+    batches.append((norm, _values(norm, x), mean, variance))
     return z, pooled if side else None
 
 
@@ -150,13 +160,20 @@ def _values(norm: nn.BatchNorm2d, x: Tensor) -> int:
     return x.numel() // max(norm.num_features, 1)
 
 
-def _update(norm: nn.BatchNorm2d, x: Tensor, mean: Tensor, variance: Tensor) -> None:
-    """The running statistics after a batch ``x`` of this mean and variance."""
-    if norm.track_running_stats:
-        values = _values(norm, x)
-        norm.num_batches_tracked.add_(1)
-        norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
-        norm.running_var.lerp_((variance * (values / (values - 1))).to(norm.running_var), norm.momentum)
+Batch = tuple[nn.BatchNorm2d, int, Tensor, Tensor]  # a normalisation, values of each channel, their mean and variance
+
+
+def _update(batches: list[Batch]) -> None:
+    """The running statistics after ``batches``, each of another normalisation."""
+    tracked = [batch for batch in batches if batch[0].track_running_stats]
+    for momentum in dict.fromkeys(norm.momentum for norm, *_ in tracked):
+        alike = (batch for batch in tracked if batch[0].momentum == momentum)
+        norms, values, means, variances = zip(*alike, strict=True)
+        running = [norm.running_mean for norm in norms], [norm.running_var for norm in norms]
+        corrected = torch._foreach_mul(variances, [n / (n - 1) for n in values])
+        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+        for olds, news in zip(running, (means, corrected), strict=True):
+            torch._foreach_lerp_(olds, [new.to(old.dtype) for old, new in zip(olds, news, strict=True)], momentum)
 
 
 def _usable(norm: nn.Module) -> bool:

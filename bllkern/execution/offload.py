@@ -10,7 +10,7 @@ Backpropagation would have to bring every block twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -44,19 +44,18 @@ class Place:
 
 @dataclass
 class Block:
-    """What is brought in together: the tensors of one block, and of the optimizer that ``optimizer()`` gives."""
+    """What is brought in together: the tensors of one block, and of its optimizer."""
 
-    boundary: Boundary | None
-    optimizer: Callable[[], torch.optim.Optimizer | None]
+    boundary: Boundary | None  # None for the last one
     tensors: list[Tensor] = field(default_factory=list)
     hosts: dict[tuple[int, str], Tensor] | None = None  # while it is on the device: what is on the host
     ready: object = None  # the event of its arrival
     moved: bool = False  # came to learn: what is on the device may differ from what is on the host
 
-    def places(self) -> Iterator[Place]:
-        """What goes and comes: without training, no optimizer state."""
-        optimizer = self.optimizer() if self.moved else None
-        states, groups = ({}, []) if optimizer is None else (optimizer.state, optimizer.param_groups)
+    def places(self, optimizer: torch.optim.Optimizer | None) -> Iterator[Place]:
+        """What goes and comes: without training, no state of the ``optimizer``."""
+        known = self.moved and optimizer is not None
+        states, groups = (optimizer.state, optimizer.param_groups) if known else ({}, [])
         on_host = {id(p) for group in groups if not _counts_on_device(group) for p in group["params"]}
         for tensor in self.tensors:
             yield Place(tensor, trained=tensor.requires_grad or not isinstance(tensor, nn.Parameter))
@@ -79,7 +78,7 @@ class Offload:
     """
 
     def __init__(self, net: nn.Module, inputs: tuple):
-        self.blocks = _plan(net, inputs, lambda: self.output_optimizer)
+        self.blocks = _plan(net, inputs)
         self.output_optimizer: torch.optim.Optimizer | None = None
         self.device = torch.device("cpu")
         self.visited = 0
@@ -151,6 +150,10 @@ class Offload:
         """Let the host wait until what goes back has come."""
         self._streams.synchronize(self._streams.copies)
 
+    def places(self, block: Block) -> Iterator[Place]:
+        """What goes and comes with ``block``."""
+        return block.places(self.output_optimizer if block.boundary is None else block.boundary.optimizer)
+
     @property
     def _streams(self) -> streams.NoStreams:
         return streams.of(self.device)
@@ -165,7 +168,7 @@ class Offload:
         stream = device.current()
         device.use(device.copies)
         block.hosts = {}
-        for place in block.places():
+        for place in self.places(block):
             host = self._host_of(place.get())
             block.hosts[id(place.holder), place.key] = host
             place.set(host.to(self.device, non_blocking=True, copy=True))
@@ -185,7 +188,7 @@ class Offload:
         stream = device.current()
         device.wait(device.copies, device.record(stream))
         device.use(device.copies)
-        for place in block.places():
+        for place in self.places(block):
             tensor = place.get()
             host = block.hosts.get((id(place.holder), place.key))
             new = host is None  # a state that the optimizer has made in this visit
@@ -219,12 +222,11 @@ def check(offload: str | None, schedule: str | None, example: object) -> str | N
     return "immediate"
 
 
-def _plan(net: nn.Module, inputs: tuple, output_optimizer: Callable) -> list[Block]:
+def _plan(net: nn.Module, inputs: tuple) -> list[Block]:
     """The blocks of ``net`` with all its parameters and buffers, in the order in which ``net(*inputs)`` visits them."""
     order, first = _visits(net, inputs)
     _check_visits(net, order)
-    blocks = [Block(boundary, lambda boundary=boundary: boundary.optimizer) for boundary in order]
-    blocks.append(Block(None, output_optimizer))
+    blocks = [Block(boundary) for boundary in [*order, None]]
     owner: dict[int, Block] = {}
     for block in blocks[:-1]:
         local = [*block.boundary.parameters(), *block.boundary.buffers()]

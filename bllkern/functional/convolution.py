@@ -10,13 +10,15 @@ from .._ops import layout
 from ..backends import run
 from ._checks import once_differentiable
 
-LARGE_BYTES = 2 << 20  # of what is normalised, from which on it counts in the peak of memory
-PIECE_BYTES = 2 << 20  # of it that is made again at a time, or as much as the weight, whose gradient is added up
-PRODUCTS = 512  # for each value read, from which on making the value again costs little beside the convolution
+# Of what is normalised, the bytes from which on it counts in the peak of memory, and the products for each value from
+# which on making the value again costs little beside the convolution.
+LARGE_BYTES = {"cpu": 2 << 20, "cuda": 16 << 20}
+PRODUCTS = {"cpu": 512, "cuda": 128}
+PIECE_BYTES = 2 << 20  # that a CPU makes again at a time, or as much as the weight, whose gradient is added up
 
 
 class _NormalizedConvolution(torch.autograd.Function):
-    """A convolution on the CPU of ``relu(batch_norm(x))``, of which nothing but x is kept."""
+    """A convolution of ``relu(batch_norm(x))``, of which nothing but x is kept."""
 
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, eps, weight, bias, *settings):
@@ -35,7 +37,7 @@ class _NormalizedConvolution(torch.autograd.Function):
         settings = (ctx.biases, stride, padding, dilation, False, (0, 0), groups)
         wanted = ctx.needs_input_grad[4:6]
         by_z, sums = torch.empty_like(x) if through_norm else None, [None, None]
-        images = max(max(PIECE_BYTES, weight.nbytes) * len(x) // x.nbytes, 1)
+        images = max(max(PIECE_BYTES, weight.nbytes) * len(x) // x.nbytes, 1) if x.is_cpu else len(x)
         weight = weight.contiguous(memory_format=layout(x))  # once, not for each piece
         for places in (slice(start, start + images) for start in range(0, len(x), images)):
             z = F.batch_norm(x[places], mean, variance, norm_weight, norm_bias, False, 0.0, ctx.eps).relu_()
@@ -55,19 +57,23 @@ class _NormalizedConvolution(torch.autograd.Function):
 def cheap_to_repeat(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether what ``conv`` reads is rather made from ``x`` again for the backward pass than kept.
 
-    Only in float32 on a CPU, and not for padding by other values than 0.
+    On a CPU only in float32, and not for padding by other values than 0.
     """
-    weight = conv.weight
-    if x.nbytes < LARGE_BYTES or weight.numel() < PRODUCTS * weight.shape[1]:
+    weight, kind = conv.weight, x.device.type
+    if kind not in PRODUCTS or x.nbytes < LARGE_BYTES[kind] or weight.numel() < PRODUCTS[kind] * weight.shape[1]:
         return False
-    plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and x.device.type == "cpu"
-    return plain and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return False
+    if torch.is_autocast_enabled(kind):
+        return kind == "cuda" and x.dtype == torch.get_autocast_dtype(kind)
+    return x.dtype == weight.dtype and (kind == "cuda" or x.dtype == torch.float32)
 
 
 def normalized_convolution(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``conv(F.relu(norm(x)))`` for a ``norm`` in training, on a CPU.
+    """``conv(F.relu(norm(x)))`` for a ``norm`` in training, in the dtype of ``x``.
 
     Returns: the output, and mean and variance (not corrected) of the batch for the running statistics of ``norm``.
     """
     settings = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    return _NormalizedConvolution.apply(x, norm.weight, norm.bias, norm.eps, conv.weight, conv.bias, *settings)
+    weight, bias = (p if p is None else p.to(x.dtype) for p in (conv.weight, conv.bias))
+    return _NormalizedConvolution.apply(x, norm.weight, norm.bias, norm.eps, weight, bias, *settings)

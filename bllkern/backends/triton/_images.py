@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import TILE, WARPS, splits
+from ._launch import TILE, WARPS, launch, splits
 
 LINE = 64  # channels that a channels-last tile has, if there are as many: 128 bytes of half precision
 
@@ -28,11 +28,11 @@ def pieces(length: int, rows: int, tiles: int) -> tuple[int, int]:
     return triton.cdiv(length, piece), piece
 
 
-def launch(kernel, parts: int, channels: int, shape: tuple[int, int], *arguments, each: int = TILE // WARPS // 32):
+def launch_tiles(kernel, parts: int, channels: int, shape: tuple[int, int], *arguments, each=TILE // WARPS // 32):
     """``kernel`` for so many parts of images, each in as many tiles of channels as it takes; a thread has ``each``
     elements of a tile."""
     warps = max(1, min(WARPS, shape[0] * shape[1] // (32 * each)))
-    kernel[(parts * triton.cdiv(channels, shape[1]),)](*arguments, *shape, num_warps=warps)
+    launch(kernel, (parts * triton.cdiv(channels, shape[1]),), *arguments, *shape, num_warps=warps)
 
 
 @triton.jit
@@ -152,9 +152,43 @@ def statistics(x, last: bool):
     parts, length = pieces(places, shape[0], triton.cdiv(channels, shape[1])) if last else (1, places)
     means, squares = (x.new_empty(images * parts, channels, dtype=torch.float32) for _ in range(2))
     each = 16 if last else 8  # twice 16 bytes are on their way to a thread that does little else
-    launch(_statistics, images * parts, channels, shape, x, means, squares, places, channels, length, last, each=each)
+    found = (x, means, squares, places, channels, length, last)
+    launch_tiles(_statistics, images * parts, channels, shape, *found, each=each)
     mean, variance = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
-    shape = min(triton.next_power_of_2(images * parts), 512), min(triton.next_power_of_2(channels), 8)
     found = (means, squares, mean, variance, images * parts, channels, length, images * places)
-    launch(_combined, 1, channels, shape, *found)
+    launch_tiles(_combined, 1, channels, _few_channels(images * parts, channels), *found)
     return mean, variance
+
+
+def _few_channels(pieces: int, channels: int) -> tuple[int, int]:
+    """A tile of what pieces have left, which is little."""
+    return min(triton.next_power_of_2(pieces), 512), min(triton.next_power_of_2(channels), 8)
+
+
+@triton.jit
+def _added(
+    found_ptr,  # [several, pieces, channels] float32
+    sums_ptr,  # [several, channels] float32
+    pieces,
+    channels,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """The sums over the pieces, in a fixed order."""
+    one, _, column = share(1, channels, COLS)
+    known = (column < channels)[None, :]
+    found_ptr += one * pieces * channels
+    sums = tl.zeros([ROWS, COLS], tl.float32)
+    for start in range(0, pieces, ROWS):
+        piece = start + tl.arange(0, ROWS)
+        mask = (piece < pieces)[:, None] & known
+        sums += tl.load(at(found_ptr, piece, column, pieces, channels, True), mask=mask, other=0.0)
+    tl.store(sums_ptr + one * channels + column, tl.sum(sums, 0), mask=column < channels)
+
+
+def added(found):
+    """``found`` [several, pieces, channels] added up over the pieces."""
+    several, pieces, channels = found.shape
+    sums = found.new_empty(several, channels)
+    launch_tiles(_added, several, channels, _few_channels(pieces, channels), found, sums, pieces, channels)
+    return sums

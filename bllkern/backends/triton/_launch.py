@@ -13,11 +13,43 @@ import triton
 # float32, and leave registers for several programs on each multiprocessor.
 TILE = 2048
 WARPS = 8
+MOST_COMPILED = 4096  # launches that are known again: of a network a few hundred for each size of a batch
+
+
+# From 3.3 on, a compiled kernel takes the arguments as they are; before, those that are not constants.
+_REPEATS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+_compiled: dict[tuple, object] = {}
+
+
+def launch(kernel, grid: tuple[int, ...], *arguments, num_warps: int = WARPS) -> None:
+    """``kernel[grid](*arguments, num_warps=num_warps)``, the first of which is a tensor.
+
+    At each launch Triton looks at all arguments for what it compiles a kernel for, and at its settings: 30 to 60 us.
+    Here that is done for the first of calls alike in dtypes, alignment and all numbers but floats.
+    """
+    key = (id(kernel), num_warps, arguments[0].get_device(), *map(_kind, arguments))
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[(*grid, 1, 1)](*arguments)
+        return
+    compiled = kernel[grid](*arguments, num_warps=num_warps)
+    if _REPEATS and compiled is not None:  # an interpreted one is not compiled
+        if len(_compiled) >= MOST_COMPILED:
+            _compiled.clear()
+        _compiled[key] = compiled
+
+
+def _kind(argument):
+    """What a kernel is compiled for; of a number more than that."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return float if isinstance(argument, float) else argument
 
 
 def on_device_of(x: Tensor):
     """A context in which kernels are launched on the device of ``x``."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    other = x.is_cuda and x.get_device() != torch.cuda.current_device()
+    return torch.cuda.device(x.device) if other else nullcontext()
 
 
 def tile_shape(rows: int, columns: int, elements: int = TILE) -> tuple[int, int]:

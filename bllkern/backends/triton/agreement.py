@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from . import families
-from ._launch import TILE, WARPS, on_device_of, tile_shape
+from ._launch import TILE, launch, on_device_of, tile_shape
 
 # Largest categorical group that one program holds at once.
 WHOLE_GROUP = 4096
@@ -176,7 +176,8 @@ def _launch_units(a, b, by_a, by_b, family, reduction, scale):
     tiles = triton.cdiv(units, shape[1])
     programs = triton.cdiv(rows, shape[0]) * tiles
     loss = a.new_empty((rows, tiles) if per_row else programs, dtype=torch.float32)
-    _units[(programs,)](a, b, loss, by_a, by_b, rows, units, tiles, scale, family, per_row, *shape, num_warps=WARPS)
+    sizes = (rows, units, tiles, scale)
+    launch(_units, (programs,), a, b, loss, by_a, by_b, *sizes, family, per_row, *shape)
     return loss.sum(1) if per_row else loss.sum()
 
 
@@ -184,12 +185,12 @@ def _launch_groups(a, b, by_a, by_b, size, reduction, scale):
     groups, per_row = a.numel() // size, reduction == "none"
     if size > WHOLE_GROUP:
         loss = a.new_empty(groups, dtype=torch.float32)
-        _long_groups[(groups,)](a, b, loss, by_a, by_b, size, scale, TILE, num_warps=WARPS)
+        launch(_long_groups, (groups,), a, b, loss, by_a, by_b, size, scale, TILE)
     else:
         shape = tile_shape(groups, size, max(TILE, triton.next_power_of_2(size)))
         programs = triton.cdiv(groups, shape[0])
         loss = a.new_empty(groups if per_row else programs, dtype=torch.float32)
-        _groups[(programs,)](a, b, loss, by_a, by_b, groups, size, scale, per_row, *shape, num_warps=WARPS)
+        launch(_groups, (programs,), a, b, loss, by_a, by_b, groups, size, scale, per_row, *shape)
     return loss.view(-1, a.shape[-1] // size).sum(1) if per_row else loss.sum()
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..._ops import layout, pooled_shape
-from ._images import at, constants, launch, pieces, share, statistics, tile
+from ._images import added, at, constants, launch_tiles, pieces, share, statistics, tile
 from ._launch import on_device_of
 
 
@@ -345,13 +345,13 @@ def batch_norm_relu(x, weight, bias, shortcut, eps, max_pool, ceil_mode, pool):
             rows, cols = tile(across_2 * triton.next_power_of_2(most), channels, last)
             tiles = max(rows, across_2), cols
             settings = (most, down, across, across_2, *settings)
-            launch(
+            launch_tiles(
                 _forward_bins, images * down, channels, tiles, *arguments, features, active, along, *sizes, *settings
             )
         else:
             tiles = tile(shape[2] * shape[3], channels, last)
             parts = triton.cdiv(shape[2] * shape[3], tiles[0])
-            launch(_forward, images * parts, channels, tiles, *arguments, *sizes, *settings)
+            launch_tiles(_forward, images * parts, channels, tiles, *arguments, *sizes, *settings)
     return z, features, mean, variance, active, along
 
 
@@ -398,8 +398,8 @@ def batch_norm_relu_gradient(
             parts, length = pieces(sides[0] * sides[1], tiles[0], images * triton.cdiv(channels, tiles[1]))
             sums = x.new_empty(2, images * parts, channels, dtype=torch.float32)
             settings = (length, max_pool, given[0], last)
-            launch(_sums, images * parts, channels, tiles, *arguments, z, by_z, *sums, *sizes, *settings)
-            found.append([each.sum(0) for each in sums])
+            launch_tiles(_sums, images * parts, channels, tiles, *arguments, z, by_z, *sums, *sizes, *settings)
+            found.append(added(sums))
         by_bias, by_weight = found[0] if len(found) == 1 else map(torch.add, *found)
         if grad_x or grad_shortcut:
             windows = triton.cdiv(height, max_pool) * triton.cdiv(width, max_pool)
@@ -409,5 +409,5 @@ def batch_norm_relu_gradient(
             settings = (images * height * width, *bins, overlap, max_pool, *given, last)
             tensors = (z, by_z, by_features, *gradients, by_weight, by_bias)
             parts = triton.cdiv(windows, tiles[0])
-            launch(_backward, images * parts, channels, tiles, *arguments, *tensors, *sizes, *settings)
+            launch_tiles(_backward, images * parts, channels, tiles, *arguments, *tensors, *sizes, *settings)
     return by_x, by_shortcut, by_weight, by_bias

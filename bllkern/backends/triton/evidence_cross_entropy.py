@@ -13,7 +13,7 @@ import triton.language as tl
 from ... import families as plain
 from .families import exp
 from .linear_cross_entropy import head, mean_or_sum, softmax_error
-from ._launch import on_device_of, splits
+from ._launch import launch, on_device_of, splits
 
 # Largest group whose normaliser is computed again for the gradients; those of larger groups are kept from the logits.
 WHOLE_GROUP = 256
@@ -208,7 +208,8 @@ def _logits(a, messages, family, size):
     parts = triton.cdiv(units, split_units)
     logits = a.new_empty(parts, rows, classes, dtype=torch.float32)
     lse = a.new_empty(units, rows, classes, dtype=torch.float32) if size > WHOLE_GROUP else None
-    _log_evidence[(*tiles, parts)](
+    launch(
+        _log_evidence, (*tiles, parts),
         a.t().contiguous(), messages.t().contiguous(), logits, lse, rows, classes, units, split_units, size,
         family, ROWS, cols, num_warps=WARPS,
     )  # fmt: skip
@@ -230,7 +231,8 @@ def _sum_of_means(p, q, error, lse, lse_strides, family, size):
     parts = triton.cdiv(terms, split_terms)
     out = p.new_empty(parts, rows, width, dtype=torch.float32)
     strides = (1, units) if learned else (parameters, 1)
-    _posterior_sum[(*tiles, parts)](
+    launch(
+        _posterior_sum, (*tiles, parts),
         p, q, error, lse, out, rows, terms, width, units, split_terms, parameters, *strides, size, *lse_strides,
         family, high, tall, wide, num_warps=WARPS,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import WARPS, matmul, on_device_of, tile_shape
+from ._launch import launch, matmul, on_device_of, tile_shape
 from ._rows import direction
 
 CHUNK = 2**22
@@ -116,7 +116,7 @@ def _normalized(x, counted, dtype):
     rows, width = x.shape
     xn, reciprocal = torch.empty_like(x, dtype=dtype), x.new_empty(rows, dtype=torch.float32)
     cols = tile_shape(1, width)[1]
-    _normalize[(rows,)](x, counted, xn, reciprocal, width, cols, num_warps=4)
+    launch(_normalize, (rows,), x, counted, xn, reciprocal, width, cols, num_warps=4)
     return xn, reciprocal
 
 
@@ -130,9 +130,9 @@ def _chunk(rows, xn, target, counted, squares, by_xn):
     tiles = triton.cdiv(gram.shape[1], shape[1])
     programs = triton.cdiv(gram.shape[0], shape[0]) * tiles
     partial = gram.new_empty(programs)
-    _gram_error[(programs,)](
+    launch(
+        _gram_error, (programs,),
         gram, goal, counted, None if by_xn is None else error, partial, rows.start, *gram.shape, tiles, labels, *shape,
-        num_warps=WARPS,
     )  # fmt: skip
     squares.append(partial)
     if by_xn is not None:
@@ -157,7 +157,7 @@ def _gram_loss(x, target, counted, grad_x):
     by_x = torch.empty_like(x)
     scale, width = 4 / count**2, x.shape[1]
     cols = tile_shape(1, width)[1]
-    _normalize_backward[(rows,)](xn, by_xn, reciprocal, scale, by_x, width, cols, num_warps=4)
+    launch(_normalize_backward, (rows,), xn, by_xn, reciprocal, scale, by_x, width, cols, num_warps=4)
     return loss, by_x
 
 

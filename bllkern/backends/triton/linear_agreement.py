@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import families
 from ..reference import weighted_agreement
-from ._launch import on_device_of
+from ._launch import launch, on_device_of
 from .agreement import agreement
 
 # Rows of tiles that neighbouring programs go down together, so that they find each other's operands in the L2 cache.
@@ -184,7 +184,8 @@ def linear_agreement(x, weight, bias, b, row_weights, family, group_size, reduct
     by_z, by_b = torch.empty_like(z) if grad_z else None, torch.empty_like(b) if grad_b else None
     scale = 1 / rows if reduction == "mean" else 1.0
     with on_device_of(x):
-        _linear_agreement[(programs,)](
+        launch(
+            _linear_agreement, (programs,),
             x, weight, bias, b, row_weights, z, loss, by_z, by_b, rows, width, inner, scale, family, size, BAND,
             *shape, num_warps=warps,
         )  # fmt: skip

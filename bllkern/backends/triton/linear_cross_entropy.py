@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .families import exp
-from ._launch import TILE, WARPS, matmul, on_device_of, tile_shape
+from ._launch import TILE, WARPS, launch, matmul, on_device_of, tile_shape
 
 CHUNK = 2**24
 
@@ -93,9 +93,10 @@ def softmax_error(logits, bias, target, smoothing, ignore_index, loss, error):
     elements, warps = (TILE // 2, WARPS) if classes <= TILE // 2 else (2 * TILE, 2 * WARPS)
     shape = tile_shape(rows, classes, elements)
     index = not target.is_floating_point()
-    _softmax_error[(triton.cdiv(rows, shape[0]),)](
-        logits, bias, target, loss, error, rows, classes, ignore_index, smoothing, index, *shape, num_warps=warps
-    )
+    launch(
+        _softmax_error, (triton.cdiv(rows, shape[0]),),
+        logits, bias, target, loss, error, rows, classes, ignore_index, smoothing, index, *shape, num_warps=warps,
+    )  # fmt: skip
 
 
 def mean_or_sum(target, reduction, ignore_index):

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import on_device_of, splits, tile_shape
+from ._launch import launch, on_device_of, splits, tile_shape
 from ._rows import direction
 
 ROWS, COLS = 16, 128
@@ -118,13 +118,14 @@ def prototypes(x, target, num_classes, ignore_index):
         if x.numel() == 0:
             return x.new_zeros(classes, width, dtype=torch.float32), counts
         mean, reciprocal = x.new_empty(2, rows, dtype=torch.float32)
-        _directions[(rows,)](x, mean, reciprocal, width, tile_shape(1, width)[1], num_warps=4)
+        launch(_directions, (rows,), x, mean, reciprocal, width, tile_shape(1, width)[1], num_warps=4)
         tiles = triton.cdiv(width, COLS)
         parts = splits(classes * tiles, rows // classes, 4 * ROWS)
         sums = x.new_empty(parts, classes, width, dtype=torch.float32)
-        _sum_by_class[(classes, tiles, parts)](
-            x, mean, reciprocal, order, begin, sums, width, classes, parts, ROWS, COLS, num_warps=4
-        )
+        launch(
+            _sum_by_class, (classes, tiles, parts),
+            x, mean, reciprocal, order, begin, sums, width, classes, parts, ROWS, COLS, num_warps=4,
+        )  # fmt: skip
         return sums.sum(0).div_(counts.clamp(min=1)[:, None]), counts
 
 
@@ -136,5 +137,5 @@ def prototypes_gradient(x, target, counts, grad, ignore_index):
         with on_device_of(x):
             tensors = target.contiguous(), counts.contiguous(), grad.float().contiguous()
             cols = tile_shape(1, width)[1]
-            _gradient[(rows,)](x, *tensors, by_x, width, len(grad), ignore_index, cols, num_warps=4)
+            launch(_gradient, (rows,), x, *tensors, by_x, width, len(grad), ignore_index, cols, num_warps=4)
     return by_x
