@@ -322,8 +322,8 @@ def _local_layer(layer: type[nn.Module], channel_dim: int) -> type[nn.Module]:
 class BlockLocalLinear(_local_layer(nn.Linear, -1)):
     """``torch.nn.Linear`` followed by a boundary, ``local``; keyword arguments as in :class:`BlockLocal`.
 
-    Where the objective has an agreement term, the matrix product ends with it: activation, loss and gradient come from
-    one pass (:func:`bllkern.functional.linear_agreement`).
+    Where the objective has an agreement term, one pass over the activation, right after the matrix product, yields loss
+    and gradient (:func:`bllkern.functional.linear_agreement`).
     """
 
     def forward(self, x: Tensor) -> Tensor:

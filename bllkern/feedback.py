@@ -194,9 +194,15 @@ class InverseFeedback(Feedback):
     def reconstruction(self, a: Tensor) -> tuple[Tensor, Tensor]:
         """The features [N, D'] of the boundary below, and the message about them made of own parameters ``a`` [N, D].
 
-        Both ``a`` and the features are held fixed: only ``G`` learns.
+        Both ``a`` and the features are held fixed: only ``G`` learns.  Raises ``RuntimeError`` where the boundary below
+        has no activation of its own for it.
         """
         below = self._below[0]
+        if below._seen is None:
+            raise RuntimeError(
+                "feedback='inverse' reads the activation of the boundary below once for each of its own: a block is "
+                "passed several times in a step, so use another feedback"
+            )
         seen, below._seen = below._seen(), None
         return seen, self.family.message(below._carried(self.family.mean(a.detach()), self.inverse.weight))
 

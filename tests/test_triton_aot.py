@@ -6,7 +6,6 @@ import importlib
 import re
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 triton_aot = pytest.importorskip("triton_aot")
@@ -51,12 +50,14 @@ def test_agreement_of_long_groups(dtype, architecture):
 @VARIANTS
 @pytest.mark.parametrize("shape", ((64, 16), (1, 4096)), ids=str)
 def test_softmax_error(shape, dtype, index, architecture):
-    types = {name: "*fp32" for name in ("logits_ptr", "loss_ptr")}
+    types = {name: "*fp32" for name in ("logits_ptr", "loss_ptr", "share_ptr")} | {"factor": "fp32"}
     types |= {"bias_ptr": f"*{dtype}", "target_ptr": "*i64" if index else f"*{dtype}", "error_ptr": f"*{dtype}"}
     types |= {"rows": "i32", "classes": "i32", "ignore_index": "i32", "smoothing": "fp32"}
-    constants = {"INDEX": index, "ROWS": shape[0], "COLS": shape[1]}
+    constants = {"INDEX": index, "LATE": dtype == "fp16", "ROWS": shape[0], "COLS": shape[1]}
     warps = WARPS if shape[1] <= 1024 else 2 * WARPS
     check("linear_cross_entropy", "_softmax_error", types, constants, architecture, warps)
+    types = {"target_ptr": "*i64", "share_ptr": "*fp32", "rows": "i32", "ignore_index": "i32"}
+    check("linear_cross_entropy", "_share", types, {"ROWS": 1024}, architecture, 4)
 
 
 @pytest.mark.parametrize("family", ("bernoulli", "categorical", "gaussian_learned"))
@@ -113,24 +114,25 @@ def test_batch_norm_relu(window, last, dtype, architecture):
     sizes = dict.fromkeys(("height", "width", "out_height", "out_width"), "i32") | {"eps": "fp32"}
     shared = images | dict.fromkeys(("weight_ptr", "bias_ptr", "mean_ptr", "variance_ptr"), "*fp32") | sizes
     tile = {"channels": 64, "LAST": last, "ROWS": 32 if last else 2048, "COLS": 64 if last else 1}
-    constants = tile | {"K": window, "SHORTCUT": window == 1}
+    summed = {"ROWS": 16 if last else 2048}
+    constants, warps = tile | {"K": window, "SHORTCUT": window == 1}, WARPS // 2 if last else WARPS
     bins = {"P": 4, "Q": 4}
     types = shared | {"shortcut_ptr": f"*{dtype}"}
-    compiled = [check("batch_norm_relu", "_forward", types, constants, architecture, WARPS)]
+    compiled = [check("batch_norm_relu", "_forward", types, constants, architecture, warps)]
     types |= dict.fromkeys(("features_ptr", "active_ptr", "along_ptr"), "*fp32") | {"most": "i32"}
-    arguments = (constants | bins | {"BINS": 4}, architecture, WARPS)
+    arguments = (constants | summed | bins | {"BINS": 4}, architecture, warps)
     compiled.append(check("batch_norm_relu", "_forward_bins", types, *arguments))
     types = shared | dict.fromkeys(("by_weight_ptr", "by_bias_ptr"), "*fp32") | {"by_z_ptr": f"*{dtype}"}
-    arguments = (constants, architecture, WARPS)
+    arguments = (constants | summed, architecture, warps)
     compiled.append(check("batch_norm_relu", "_sums", types | {"length": "i32"}, *arguments))
     types |= dict.fromkeys(("grad_ptr", "grad_shortcut_ptr"), f"*{dtype}")
     types |= {"by_features_ptr": "*fp32", "values": "i32"}
     constants |= bins | {"OVERLAP": True, "BY_Z": True, "FEATURES": True, "GRAD_X": True, "GRAD_SHORTCUT": window == 1}
-    compiled.append(check("batch_norm_relu", "_backward", types, constants, architecture, WARPS))
+    compiled.append(check("batch_norm_relu", "_backward", types, constants, architecture, warps))
     if window == 1:
         types = {"x_ptr": f"*{dtype}"} | dict.fromkeys(("means_ptr", "squares_ptr"), "*fp32")
         types |= dict.fromkeys(("places", "length"), "i32")
-        compiled.append(check("_images", "_statistics", types, tile, architecture, 4 if last else WARPS))
+        compiled.append(check("_images", "_statistics", types, tile | summed, architecture, 2 if last else WARPS))
     if last:
         assert not any(re.search(r"(ld|st)\.global[.\w:]*\.b16", ptx) for ptx in compiled)
 
@@ -165,29 +167,3 @@ def test_gram_error(target, dtype, architecture):
         types |= {name: given} if given else {}
         constants |= {} if given else {name: None}
     check("gram", "_gram_error", types, constants, architecture, WARPS)
-
-
-@pytest.mark.parametrize(
-    "family, size, aligned, message, dtype, architecture",
-    (
-        *(("bernoulli", 1, True, variant[0], *variant) for variant in triton_aot.VARIANTS),
-        *(("bernoulli", 1, False, dtype, dtype, 90) for dtype in ("fp32", "bf16")),
-        ("bernoulli", 1, True, "fp32", "bf16", 90),
-        ("poisson", 1, True, "fp32", "bf16", 90),
-        ("categorical", 16, True, "fp32", "bf16", 90),
-    ),
-)
-def test_linear_agreement(family, size, aligned, message, dtype, architecture):
-    """Matrix products of half precision are wgmma on Hopper; messages may be in float32 whatever they meet."""
-    tile = importlib.import_module("bllkern.backends.triton.linear_agreement").tile
-    names = ("x_ptr", "weight_ptr", "bias_ptr", "b_ptr", "z_ptr", "grad_z_ptr", "grad_b_ptr")
-    types = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(("loss_ptr", "row_weights_ptr"), "*fp32")
-    types |= {"rows": "i32", "scale": "fp32"}
-    types |= dict.fromkeys(("b_ptr", "grad_b_ptr"), f"*{message}")
-    sizes = dict.fromkeys(("width", "inner"), 1024 if aligned else 1023)
-    shape, warps = tile(4096, *sizes.values(), torch.float32 if dtype == "fp32" else torch.bfloat16)
-    constants = {"FAMILY": family, "SIZE": size, "BAND": 8} | dict(zip(("ROWS", "COLS", "INNER"), shape, strict=True))
-    constants |= sizes if aligned else {}
-    types |= {} if aligned else dict.fromkeys(sizes, "i32")
-    ptx = check("linear_agreement", "_linear_agreement", types, constants, architecture, warps)
-    assert ("wgmma.mma_async" in ptx) == (architecture == 90 and dtype != "fp32")

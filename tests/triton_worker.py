@@ -40,7 +40,10 @@ def _worker() -> subprocess.Popen:
 
 
 def run(op: str, *args):
-    """``torch.ops.bllkern.<op>(*args)`` on the Triton backend, interpreted on the CPU."""
+    """``torch.ops.bllkern.<op>(*args)`` on the Triton backend, interpreted on the CPU.
+
+    For ``"scale_"``, which is no op: the tensor that it has changed.
+    """
     process = _worker()
     _send(process.stdin, (op, args))
     reply = _receive(process.stdout)
@@ -83,7 +86,7 @@ def _serve() -> None:
     import importlib
     import traceback
 
-    import bllkern  # noqa: F401 (registers the ops)
+    import bllkern
 
     _repair_interpreter()
     for name in ("linear_cross_entropy", "gram"):
@@ -93,7 +96,11 @@ def _serve() -> None:
     while (request := _receive(sys.stdin.buffer)) is not None:
         op, args = request
         try:
-            results = getattr(torch.ops.bllkern, op)(*args)
+            if op == "scale_":
+                bllkern.backends.triton.scale_(*args)
+                results = args[0]
+            else:
+                results = getattr(torch.ops.bllkern, op)(*args)
             reply = (results,) if isinstance(results, torch.Tensor) else tuple(results), ""
         except Exception:
             reply = (), traceback.format_exc()

@@ -22,6 +22,8 @@ from . import cpu, cuda, reference, triton
 BACKENDS = {"reference": reference, "cpu": cpu, "cuda": cuda, "triton": triton}
 AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
+LARGE_BYTES = 1 << 20  # from which on reading and writing a tensor takes a GPU longer than a launch
+
 _named: str | None = None
 
 
@@ -116,6 +118,15 @@ def small_linear_cross_entropy(*args) -> Tensor | None:
     if _native.error or _named not in (None, "cpu") or _observed():
         return None
     return cpu.small_linear_cross_entropy(*args)
+
+
+def scale_(x: Tensor, factor: Tensor) -> Tensor:
+    """``x.mul_(factor)``; a large ``x`` on a GPU is left alone where ``factor``, a scalar there, is 1."""
+    large = x.is_cuda and x.nbytes >= LARGE_BYTES and factor.dim() == 0 and x.is_contiguous()
+    if not large or triton.error or x.dtype not in triton.DTYPES:
+        return x.mul_(factor)
+    triton.scale_(x, factor)
+    return x
 
 
 def _observed() -> bool:

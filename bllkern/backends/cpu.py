@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-import torch.nn.functional as F
 
 from .. import _native
-from .reference import weighted_agreement
+from .reference import linear_then_agreement
 
 agreement = _native.agreement
 batch_norm_relu = _native.batch_norm_relu
@@ -18,12 +19,7 @@ similarity_matching = _native.similarity_matching
 decorrelation = _native.decorrelation
 prototypes = _native.prototypes
 prototypes_gradient = _native.prototypes_gradient
-
-
-def linear_agreement(x, weight, bias, b, row_weights, *settings):
-    """One pass over z, which the matrix product has left in the cache as far as it fits."""
-    z = F.linear(x, weight, bias)
-    return z, *weighted_agreement(agreement, z, b, row_weights, *settings)
+linear_agreement = partial(linear_then_agreement, agreement)
 
 
 def unavailable(op: str, device_type: str, dtype: torch.dtype) -> str | None:

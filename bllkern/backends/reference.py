@@ -134,11 +134,17 @@ def weighted_agreement(agreement, a, b, weights, family, group_size, reduction, 
     return loss, None if by_a is None else by_a.to(a.dtype), None if by_b is None else by_b.to(b.dtype)
 
 
+def linear_then_agreement(agreement, x, weight, bias, b, row_weights, *settings):
+    """``linear_agreement`` by torch's matrix product and one pass of ``agreement`` over z, in the cache if it fits."""
+    z = F.linear(x, weight, bias)
+    return z, *weighted_agreement(agreement, z, b, row_weights, *settings)
+
+
 def linear_agreement(x, weight, bias, b, row_weights, family, group_size, reduction, grad_z, grad_b):
     """``agreement`` of ``z = x @ weight.T + bias`` and ``b``, and z itself."""
-    z = F.linear(_full(x), _full(weight), None if bias is None else _full(bias))
+    inputs = (None if t is None else _full(t) for t in (x, weight, bias, b))
     settings = (family, group_size, reduction, grad_z, grad_b)
-    loss, by_z, by_b = weighted_agreement(agreement, z, _full(b), row_weights, *settings)
+    z, loss, by_z, by_b = linear_then_agreement(agreement, *inputs, row_weights, *settings)
     return (
         z.to(x.dtype),
         loss,

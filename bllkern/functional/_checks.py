@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable as _once_differentiable
 
+from ..backends import scale_
+
 _REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -95,11 +97,21 @@ def once_differentiable(backward):
 
 
 def upstream_times(grads: tuple[Tensor | None, ...], upstream: Tensor | None) -> list[Tensor | None]:
-    """``grads`` times the gradient of the loss; where that is known to be 1 without waiting for a device, ``grads``."""
+    """``grads`` times the gradient of the loss, in place where no other backward pass will ask for them.
+
+    Nothing is computed where that is known to be 1: on a CPU by looking, on a GPU by the kernel.
+    """
     if upstream is None:
         return [None] * len(grads)
+    compiling = torch.compiler.is_compiling()
     if upstream.dim():
         upstream = upstream.unsqueeze(-1)
-    elif upstream.device.type == "cpu" and not torch.compiler.is_compiling() and upstream.item() == 1:
+    elif upstream.device.type == "cpu" and not compiling and upstream.item() == 1:
         return list(grads)
-    return [None if grad is None else (grad * upstream).to(grad.dtype) for grad in grads]
+    if compiling or _graph_is_kept():
+        return [None if grad is None else (grad * upstream).to(grad.dtype) for grad in grads]
+    return [None if grad is None else scale_(grad, upstream) for grad in grads]
+
+
+# whether the backward pass that runs was asked to retain the graph
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)

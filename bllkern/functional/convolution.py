@@ -36,22 +36,33 @@ class _NormalizedConvolution(torch.autograd.Function):
         stride, padding, dilation, groups = ctx.settings
         settings = (ctx.biases, stride, padding, dilation, False, (0, 0), groups)
         wanted = ctx.needs_input_grad[4:6]
-        by_z, sums = torch.empty_like(x) if through_norm else None, [None, None]
+        by_z, sums = None, [None, None]
         images = max(max(PIECE_BYTES, weight.nbytes) * len(x) // x.nbytes, 1) if x.is_cpu else len(x)
         weight = weight.contiguous(memory_format=layout(x))  # once, not for each piece
         for places in (slice(start, start + images) for start in range(0, len(x), images)):
             z = F.batch_norm(x[places], mean, variance, norm_weight, norm_bias, False, 0.0, ctx.eps).relu_()
-            given = (by_out[places], z, weight, *settings)
-            if through_norm:  # one gradient after the other: each needs a copy of a weight
-                by_z[places] = torch.ops.aten.convolution_backward(*given, (True, False, False))[0]
-            found = torch.ops.aten.convolution_backward(*given, (False, *wanted))[1:] if any(wanted) else sums
+            part, *found = _gradients(through_norm, wanted, by_out[places], z, weight, *settings)
             sums = [new if old is None else old.add_(new) for old, new in zip(sums, found, strict=True)]
+            if through_norm and len(part) < len(x):
+                by_z = torch.empty_like(x) if by_z is None else by_z
+                by_z[places] = part
+            elif through_norm:
+                by_z = part
         if not through_norm:
             return None, None, None, None, *sums, *[None] * 4
         none = x.new_empty(*x.shape[:2], 0, 0)
         given = (x, norm_weight, norm_bias, mean, variance, none, none, None, by_z, None)
         by_x, _, *by_norm = run("batch_norm_relu_gradient", *given, ctx.eps, 1, False, ctx.needs_input_grad[0], False)
         return by_x, *by_norm, None, *sums, *[None] * 4
+
+
+def _gradients(by_input: bool, by_parameters: tuple[bool, bool], *given) -> tuple[Tensor | None, ...]:
+    """Of a convolution; on a CPU one after the other, as each needs a copy of a weight."""
+    backward = torch.ops.aten.convolution_backward
+    if given[0].is_cuda:
+        return backward(*given, (by_input, *by_parameters))
+    first = backward(*given, (True, False, False))[0] if by_input else None
+    return first, *(backward(*given, (False, *by_parameters))[1:] if any(by_parameters) else (None, None))
 
 
 def cheap_to_repeat(conv: nn.Conv2d, x: Tensor) -> bool:

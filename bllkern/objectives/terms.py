@@ -109,7 +109,7 @@ class LocalLoss(nn.Module):
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, target: Targets
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """``F.linear(x, weight, bias)`` and the terms that the end of that matrix product yields: the agreement.
+        """``F.linear(x, weight, bias)`` and the terms that one pass right after it yields: the agreement.
 
         Messages do not depend on the activation once they have their size, so they can be there before it.  No term is
         known where features are not the rows of the activation: the first time, for tokens that are averaged, and for

@@ -8,31 +8,38 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import TILE, WARPS, launch, splits
+from ._launch import TILE, WARPS, cdiv, launch, power_of_2, splits
 
 LINE = 64  # channels that a channels-last tile has, if there are as many: 128 bytes of half precision
 
 
-def tile(places: int, channels: int, last: bool) -> tuple[int, int]:
-    """Powers of two ``(ROWS, COLS)``, at most TILE together: what lies side by side comes first."""
-    rows, cols = triton.next_power_of_2(places), triton.next_power_of_2(channels)
-    cols = min(cols, max(LINE if last else 1, TILE // rows))
-    return max(1, min(rows, TILE // cols)), cols
+def each(last: bool) -> int:
+    """Elements of a thread: of channels-last images twice 16 bytes of half precision are on their way to it."""
+    return 16 if last else 8
+
+
+def tile(places: int, channels: int, last: bool, summed: bool = False) -> tuple[int, int]:
+    """Powers of two ``(ROWS, COLS)``, at most TILE together, or half as many where a channels-last tile is ``summed``
+    up: what lies side by side comes first."""
+    elements = TILE // 2 if last and summed else TILE
+    rows, cols = power_of_2(places), power_of_2(channels)
+    cols = min(cols, max(LINE if last else 1, elements // rows))
+    return max(1, min(rows, elements // cols)), cols
 
 
 def pieces(length: int, rows: int, tiles: int) -> tuple[int, int]:
     """How many pieces, and of what length, a multiple of ``rows``, so that with as many ``tiles`` they fill a GPU;
     several times, so that it is not the last few that take long, where that leaves each at least 8 times ``rows``."""
     count = max(splits(tiles, length, rows), min(4096 // tiles, length // (8 * rows)))
-    piece = rows * triton.cdiv(length, rows * count)
-    return triton.cdiv(length, piece), piece
+    piece = rows * cdiv(length, rows * count)
+    return cdiv(length, piece), piece
 
 
 def launch_tiles(kernel, parts: int, channels: int, shape: tuple[int, int], *arguments, each=TILE // WARPS // 32):
     """``kernel`` for so many parts of images, each in as many tiles of channels as it takes; a thread has ``each``
     elements of a tile."""
     warps = max(1, min(WARPS, shape[0] * shape[1] // (32 * each)))
-    launch(kernel, (parts * triton.cdiv(channels, shape[1]),), *arguments, *shape, num_warps=warps)
+    launch(kernel, (parts * cdiv(channels, shape[1]),), *arguments, *shape, num_warps=warps)
 
 
 @triton.jit
@@ -148,12 +155,11 @@ def statistics(x, last: bool):
     images, channels, height, width = x.shape
     # of channels-last images the places follow each other from one to the next
     images, places = (1, images * height * width) if last else (images, height * width)
-    shape = tile(places, channels, last)
-    parts, length = pieces(places, shape[0], triton.cdiv(channels, shape[1])) if last else (1, places)
+    shape = tile(places, channels, last, summed=True)
+    parts, length = pieces(places, shape[0], cdiv(channels, shape[1])) if last else (1, places)
     means, squares = (x.new_empty(images * parts, channels, dtype=torch.float32) for _ in range(2))
-    each = 16 if last else 8  # twice 16 bytes are on their way to a thread that does little else
     found = (x, means, squares, places, channels, length, last)
-    launch_tiles(_statistics, images * parts, channels, shape, *found, each=each)
+    launch_tiles(_statistics, images * parts, channels, shape, *found, each=each(last))
     mean, variance = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
     found = (means, squares, mean, variance, images * parts, channels, length, images * places)
     launch_tiles(_combined, 1, channels, _few_channels(images * parts, channels), *found)
@@ -162,7 +168,7 @@ def statistics(x, last: bool):
 
 def _few_channels(pieces: int, channels: int) -> tuple[int, int]:
     """A tile of what pieces have left, which is little."""
-    return min(triton.next_power_of_2(pieces), 512), min(triton.next_power_of_2(channels), 8)
+    return min(power_of_2(pieces), 512), min(power_of_2(channels), 8)
 
 
 @triton.jit

@@ -46,6 +46,16 @@ def _kind(argument):
     return float if isinstance(argument, float) else argument
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up.  This and the next one take Triton 7 us on the host."""
+    return -(-a // b)
+
+
+def power_of_2(x: int) -> int:
+    """The least one that is not below ``x``, a positive number."""
+    return 1 << (x - 1).bit_length()
+
+
 def on_device_of(x: Tensor):
     """A context in which kernels are launched on the device of ``x``."""
     other = x.is_cuda and x.get_device() != torch.cuda.current_device()
@@ -54,7 +64,7 @@ def on_device_of(x: Tensor):
 
 def tile_shape(rows: int, columns: int, elements: int = TILE) -> tuple[int, int]:
     """Powers of two ``(ROWS, COLS)`` with ``ROWS * COLS == elements``, at least 4 columns, as many as a row needs."""
-    cols = min(triton.next_power_of_2(max(columns, 4)), elements)
+    cols = min(power_of_2(max(columns, 4)), elements)
     return elements // cols, cols
 
 
@@ -63,10 +73,10 @@ def splits(tiles: int, length: int, shortest: int) -> int:
     return max(1, min(1024 // max(tiles, 1), length // shortest))
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in float32; half-precision operands go to the tensor cores, which accumulate in float32."""
-    if a.dtype == torch.float32:
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``a @ b`` in its dtype or float32; operands in half precision go to tensor cores, which add up in float32."""
+    if a.dtype == dtype:
         return torch.mm(a, b)
     if a.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
-        return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a.float(), b.float())

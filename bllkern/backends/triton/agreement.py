@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from . import families
-from ._launch import TILE, launch, on_device_of, tile_shape
+from ._launch import TILE, cdiv, launch, on_device_of, power_of_2, tile_shape
 
 # Largest categorical group that one program holds at once.
 WHOLE_GROUP = 4096
@@ -172,13 +172,14 @@ def _launch_units(a, b, by_a, by_b, family, reduction, scale):
         rows, units = a[..., 0].numel(), width
     else:
         rows, units = 1, a.numel()
-    shape = tile_shape(rows, units)
-    tiles = triton.cdiv(units, shape[1])
-    programs = triton.cdiv(rows, shape[0]) * tiles
+    elements = 2 * TILE if a.numel() <= 2 * TILE else TILE  # then one program does it all
+    shape = tile_shape(rows, units, elements)
+    tiles = cdiv(units, shape[1])
+    programs = cdiv(rows, shape[0]) * tiles
     loss = a.new_empty((rows, tiles) if per_row else programs, dtype=torch.float32)
     sizes = (rows, units, tiles, scale)
     launch(_units, (programs,), a, b, loss, by_a, by_b, *sizes, family, per_row, *shape)
-    return loss.sum(1) if per_row else loss.sum()
+    return loss.sum(1) if per_row else _total(loss)
 
 
 def _launch_groups(a, b, by_a, by_b, size, reduction, scale):
@@ -187,11 +188,15 @@ def _launch_groups(a, b, by_a, by_b, size, reduction, scale):
         loss = a.new_empty(groups, dtype=torch.float32)
         launch(_long_groups, (groups,), a, b, loss, by_a, by_b, size, scale, TILE)
     else:
-        shape = tile_shape(groups, size, max(TILE, triton.next_power_of_2(size)))
-        programs = triton.cdiv(groups, shape[0])
+        shape = tile_shape(groups, size, max(TILE, power_of_2(size)))
+        programs = cdiv(groups, shape[0])
         loss = a.new_empty(groups if per_row else programs, dtype=torch.float32)
         launch(_groups, (programs,), a, b, loss, by_a, by_b, groups, size, scale, per_row, *shape)
-    return loss.view(-1, a.shape[-1] // size).sum(1) if per_row else loss.sum()
+    return loss.view(-1, a.shape[-1] // size).sum(1) if per_row else _total(loss)
+
+
+def _total(partials):
+    return partials.sum() if partials.numel() > 1 else partials.view(())
 
 
 def agreement(a, b, family, group_size, reduction, grad_a, grad_b):

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from ..._ops import layout, pooled_shape
-from ._images import added, at, constants, launch_tiles, pieces, share, statistics, tile
-from ._launch import on_device_of
+from ._images import added, at, constants, each, launch_tiles, pieces, share, statistics, tile
+from ._launch import cdiv, on_device_of, power_of_2
 
 
 @triton.jit
@@ -340,9 +340,9 @@ def batch_norm_relu(x, weight, bias, shortcut, eps, max_pool, ceil_mode, pool):
         arguments = (x, *_float(weight, bias), mean, variance, eps, shortcut, z)
         sizes, settings = (channels, height, width, *shape[2:]), (max_pool, *given, last)
         if pool:
-            (down, across), across_2 = bins[2:], triton.next_power_of_2(bins[3])
+            (down, across), across_2 = bins[2:], power_of_2(bins[3])
             most = _most(shape[2], down) * _most(shape[3], across)
-            rows, cols = tile(across_2 * triton.next_power_of_2(most), channels, last)
+            rows, cols = tile(across_2 * power_of_2(most), channels, last, summed=True)
             tiles = max(rows, across_2), cols
             settings = (most, down, across, across_2, *settings)
             launch_tiles(
@@ -350,8 +350,8 @@ def batch_norm_relu(x, weight, bias, shortcut, eps, max_pool, ceil_mode, pool):
             )
         else:
             tiles = tile(shape[2] * shape[3], channels, last)
-            parts = triton.cdiv(shape[2] * shape[3], tiles[0])
-            launch_tiles(_forward, images * parts, channels, tiles, *arguments, *sizes, *settings)
+            parts = cdiv(shape[2] * shape[3], tiles[0])
+            launch_tiles(_forward, images * parts, channels, tiles, *arguments, *sizes, *settings, each=each(last))
     return z, features, mean, variance, active, along
 
 
@@ -394,20 +394,20 @@ def batch_norm_relu_gradient(
     (z, by_z, by_features, *gradients), given = _filled(x, z, by_z, by_features, by_x, by_shortcut)
     with on_device_of(x):
         if given[1]:
-            tiles = tile(sides[0] * sides[1], channels, last)
-            parts, length = pieces(sides[0] * sides[1], tiles[0], images * triton.cdiv(channels, tiles[1]))
+            tiles = tile(sides[0] * sides[1], channels, last, summed=True)
+            parts, length = pieces(sides[0] * sides[1], tiles[0], images * cdiv(channels, tiles[1]))
             sums = x.new_empty(2, images * parts, channels, dtype=torch.float32)
             settings = (length, max_pool, given[0], last)
             launch_tiles(_sums, images * parts, channels, tiles, *arguments, z, by_z, *sums, *sizes, *settings)
             found.append(added(sums))
         by_bias, by_weight = found[0] if len(found) == 1 else map(torch.add, *found)
         if grad_x or grad_shortcut:
-            windows = triton.cdiv(height, max_pool) * triton.cdiv(width, max_pool)
+            windows = cdiv(height, max_pool) * cdiv(width, max_pool)
             tiles = tile(windows, channels, last)
             bins = by_features.shape[2:] if given[2] else (1, 1)
             overlap = any(side % count for side, count in zip(sides, bins, strict=True))
             settings = (images * height * width, *bins, overlap, max_pool, *given, last)
             tensors = (z, by_z, by_features, *gradients, by_weight, by_bias)
-            parts = triton.cdiv(windows, tiles[0])
-            launch_tiles(_backward, images * parts, channels, tiles, *arguments, *tensors, *sizes, *settings)
+            found = (*arguments, *tensors, *sizes, *settings)
+            launch_tiles(_backward, images * cdiv(windows, tiles[0]), channels, tiles, *found, each=each(last))
     return by_x, by_shortcut, by_weight, by_bias

@@ -13,7 +13,7 @@ import triton.language as tl
 from ... import families as plain
 from .families import exp
 from .linear_cross_entropy import head, mean_or_sum, softmax_error
-from ._launch import launch, on_device_of, splits
+from ._launch import cdiv, launch, on_device_of, power_of_2, splits
 
 # Largest group whose normaliser is computed again for the gradients; those of larger groups are kept from the logits.
 WHOLE_GROUP = 256
@@ -201,11 +201,11 @@ def _logits(a, messages, family, size):
     (rows, width), classes = a.shape, len(messages)
     units = width // (2 if family == "gaussian_learned" else size)
     # a unit of a learned Gaussian takes twice the registers
-    cols = COLS // 2 if family == "gaussian_learned" else min(COLS, max(16, triton.next_power_of_2(classes)))
-    tiles = triton.cdiv(rows, ROWS), triton.cdiv(classes, cols)
+    cols = COLS // 2 if family == "gaussian_learned" else min(COLS, max(16, power_of_2(classes)))
+    tiles = cdiv(rows, ROWS), cdiv(classes, cols)
     step = FACTORS.value if family == "bernoulli" else 1
-    split_units = triton.cdiv(triton.cdiv(units, splits(tiles[0] * tiles[1], units, step)), step) * step
-    parts = triton.cdiv(units, split_units)
+    split_units = cdiv(cdiv(units, splits(tiles[0] * tiles[1], units, step)), step) * step
+    parts = cdiv(units, split_units)
     logits = a.new_empty(parts, rows, classes, dtype=torch.float32)
     lse = a.new_empty(units, rows, classes, dtype=torch.float32) if size > WHOLE_GROUP else None
     launch(
@@ -222,13 +222,13 @@ def _sum_of_means(p, q, error, lse, lse_strides, family, size):
     learned = family == "gaussian_learned"
     parameters = 2 if learned else 1 if lse is not None else size
     units = width // parameters
-    wide = triton.next_power_of_2(parameters)
-    tall = min(triton.next_power_of_2(units), max(1, COLS // wide))
+    wide = power_of_2(parameters)
+    tall = min(power_of_2(units), max(1, COLS // wide))
     high = max(1, ROWS * COLS // (wide * tall) // (2 if learned else 1))
-    tiles = triton.cdiv(rows, high), triton.cdiv(units, tall)
+    tiles = cdiv(rows, high), cdiv(units, tall)
     parts = splits(tiles[0] * tiles[1], terms, 32)
-    split_terms = triton.cdiv(terms, parts)
-    parts = triton.cdiv(terms, split_terms)
+    split_terms = cdiv(terms, parts)
+    parts = cdiv(terms, split_terms)
     out = p.new_empty(parts, rows, width, dtype=torch.float32)
     strides = (1, units) if learned else (parameters, 1)
     launch(
@@ -248,9 +248,9 @@ def _evidence(
         a = a.float().unflatten(1, (-1, size)).log_softmax(2).flatten(1)
     logits, lse = _logits(a, messages, family, size)
     losses = a.new_empty(len(a), dtype=torch.float32)
-    softmax_error(logits, log_prior, target, label_smoothing, ignore_index, losses, logits)
-    scale = mean_or_sum(target, reduction, ignore_index)
-    error, (rows, classes) = logits.mul_(scale), logits.shape
+    error, (rows, classes) = logits, logits.shape
+    factors = mean_or_sum(target, reduction, ignore_index)
+    softmax_error(logits, log_prior, target, label_smoothing, ignore_index, losses, error, *factors)
     by_a = by_messages = None
     if grad_a:
         strides = (rows * classes, classes, 1)
@@ -260,7 +260,7 @@ def _evidence(
         by_a -= error.sum(1, keepdim=True) * f.mean(a.float())
     if grad_messages:
         by_messages = _sum_of_means(messages, a, error, lse, (rows * classes, 1, classes), family, size)
-    return losses.sum() * scale, by_a, by_messages, error
+    return losses.sum(), by_a, by_messages, error
 
 
 def _linear(a, messages, log_prior, target, family, label_smoothing, reduction, ignore_index, *wanted):
@@ -274,7 +274,7 @@ def _linear(a, messages, log_prior, target, family, label_smoothing, reduction, 
     else:
         x, weight, bias, grad_bias = a.float().exp(), messages.float().expm1(), log_prior, grad_log_prior
     loss, by_a, by_messages, by_bias = head(
-        x, weight, bias, target, label_smoothing, reduction, ignore_index, grad_a, grad_messages, grad_bias
+        x, weight, bias, target, label_smoothing, reduction, ignore_index, grad_a, grad_messages, grad_bias, exact=True
     )
     if family == "gaussian":
         by_messages = by_messages.addcmul_(by_bias[:, None], messages.float()) if grad_messages else None

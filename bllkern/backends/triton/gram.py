@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import launch, matmul, on_device_of, tile_shape
+from ._launch import cdiv, launch, matmul, on_device_of, tile_shape
 from ._rows import direction
 
 CHUNK = 2**22
@@ -127,8 +127,8 @@ def _chunk(rows, xn, target, counted, squares, by_xn):
     goal = matmul(target[rows], target.t()) if target is not None and not labels else target
     error = gram if xn.dtype == torch.float32 else torch.empty_like(gram, dtype=xn.dtype)
     shape = tile_shape(*gram.shape)
-    tiles = triton.cdiv(gram.shape[1], shape[1])
-    programs = triton.cdiv(gram.shape[0], shape[0]) * tiles
+    tiles = cdiv(gram.shape[1], shape[1])
+    programs = cdiv(gram.shape[0], shape[0]) * tiles
     partial = gram.new_empty(programs)
     launch(
         _gram_error, (programs,),

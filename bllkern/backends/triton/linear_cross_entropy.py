@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 
 from .families import exp
-from ._launch import TILE, WARPS, launch, matmul, on_device_of, tile_shape
+from ._launch import TILE, WARPS, cdiv, launch, matmul, on_device_of, tile_shape
 
 CHUNK = 2**24
+MANY = 2**13  # rows that one program does not count
 
 
 @triton.jit
@@ -30,19 +31,25 @@ def _softmax_error(
     target_ptr,  # [rows] if INDEX else [rows, classes]
     loss_ptr,  # [rows]
     error_ptr,  # [rows, classes], which may be logits, or None
+    share_ptr,  # a factor of what is stored beside ``factor``, or None
     rows,
     classes,
     ignore_index,
     smoothing,
+    factor,
     INDEX: tl.constexpr,
+    LATE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Cross-entropy of each row and its gradient by the logits; one program for ROWS rows.
+    """Cross-entropy of each row and, times the same factors unless LATE, its gradient by the logits; one program for
+    ROWS rows.
 
     With ``m`` the maximum and ``s = sum exp(x - m)``, kept up to date in the first sweep, the loss is
     ``sum_c p_c (log s - (x_c - m))`` and the error ``sum(p) exp(x_c - m) / s - p_c``, p the smoothed target.
     """
+    if share_ptr is not None:
+        factor = factor * tl.load(share_ptr)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     offset = row[:, None] * classes
@@ -82,56 +89,91 @@ def _softmax_error(
         loss += tl.sum(tl.where(mask & (p > 0), p * (log_total[:, None] - x), 0.0), 1)
         if error_ptr is not None:
             error = exp(x) * (weight / total)[:, None] - p
+            if not LATE:
+                error = error * factor
             tl.store(error_ptr + offset + column[None, :], error, mask=mask)
-    tl.store(loss_ptr + row, loss, mask=inside)
+    tl.store(loss_ptr + row, loss * factor, mask=inside)
 
 
-def softmax_error(logits, bias, target, smoothing, ignore_index, loss, error):
-    """Fill ``loss`` [N] and, unless ``None``, ``error`` [N, C], which may be ``logits`` itself."""
+@triton.jit
+def _share(target_ptr, share_ptr, rows, ignore_index, ROWS: tl.constexpr):
+    """What a row has of a mean over those that count, at least one; a single program."""
+    counted = tl.zeros([ROWS], tl.int32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        label = tl.load(target_ptr + row, mask=row < rows, other=ignore_index)
+        counted += tl.where(label != ignore_index, 1, 0)
+    tl.store(share_ptr, 1.0 / tl.maximum(tl.sum(counted, 0), 1).to(tl.float32))
+
+
+def softmax_error(logits, bias, target, smoothing, ignore_index, loss, error, factor, share, late=False):
+    """Fill ``loss`` [N] and, unless ``None``, ``error`` [N, C], which may be ``logits`` itself.
+
+    Both times what :func:`mean_or_sum` gave as ``factor`` and ``share``; if ``late``, the error is yet to be.
+    """
     rows, classes = logits.shape
     # of many classes a chunk has few rows, and each program must move more bytes at a time
     elements, warps = (TILE // 2, WARPS) if classes <= TILE // 2 else (2 * TILE, 2 * WARPS)
     shape = tile_shape(rows, classes, elements)
     index = not target.is_floating_point()
-    launch(
-        _softmax_error, (triton.cdiv(rows, shape[0]),),
-        logits, bias, target, loss, error, rows, classes, ignore_index, smoothing, index, *shape, num_warps=warps,
-    )  # fmt: skip
+    numbers = (rows, classes, ignore_index, smoothing, float(factor))
+    programs = (cdiv(rows, shape[0]),)
+    tensors = (logits, bias, target, loss, error, share)
+    launch(_softmax_error, programs, *tensors, *numbers, index, late, *shape, num_warps=warps)
 
 
 def mean_or_sum(target, reduction, ignore_index):
-    """The factor of every row's loss: a float32 scalar tensor on the target's device, since counting may not wait."""
+    """The factor of every row's loss: a number, and a float32 scalar on the target's device, since counting may not
+    wait, or ``None``."""
     if reduction == "sum":
-        return torch.ones((), device=target.device)
+        return 1.0, None
     if target.is_floating_point():
-        return torch.full((), 1 / max(len(target), 1), device=target.device)
-    return 1 / (target != ignore_index).sum().clamp(min=1).float()
+        return 1 / max(len(target), 1), None
+    if len(target) > MANY:
+        return 1.0, 1 / (target != ignore_index).sum().clamp(min=1).float()
+    share = torch.empty((), device=target.device)
+    launch(_share, (1,), target, share, len(target), ignore_index, 1024, num_warps=4)
+    return 1.0, share
 
 
-def head(x, weight, bias, target, smoothing, reduction, ignore_index, grad_x, grad_weight, grad_bias):
-    """Loss and float32 gradients for x [N, D], all contiguous and of one device; x and weight of one dtype."""
+def head(x, weight, bias, target, smoothing, reduction, ignore_index, grad_x, grad_weight, grad_bias, exact=False):
+    """Loss and gradients for x [N, D], all contiguous and of one device, x and weight of one dtype.
+
+    A gradient that takes several chunks, or is to be ``exact``, is float32, as is that by the bias.
+    """
     rows, classes = len(x), len(weight)
-    scale = mean_or_sum(target, reduction, ignore_index)
+    if rows == 0:
+        wanted = ((x, grad_x), (weight, grad_weight), (bias, grad_bias))
+        return x.new_zeros((), dtype=torch.float32), *(torch.zeros_like(t) if w else None for t, w in wanted)
+    factor, share = mean_or_sum(target, reduction, ignore_index)
     losses = x.new_empty(rows, dtype=torch.float32)
-    by_x = torch.empty_like(x, dtype=torch.float32) if grad_x else None
-    by_weight = torch.zeros_like(weight, dtype=torch.float32) if grad_weight else None
-    by_bias = weight.new_zeros(classes, dtype=torch.float32) if grad_bias else None
-    wanted = grad_x or grad_weight or grad_bias
     step = max(64, CHUNK // classes // 64 * 64)
+    late = x.dtype == torch.float16  # a mean over many rows would leave nothing of the error
+    dtype = torch.float32 if exact or late or rows > step else x.dtype
+    wanted, by_rows, by_weight, by_bias = grad_x or grad_weight or grad_bias, [], None, None
     for start in range(0, rows, step):
         chunk = slice(start, start + step)
         logits = matmul(x[chunk], weight.t())
         error = (logits if x.dtype == torch.float32 else torch.empty_like(logits, dtype=x.dtype)) if wanted else None
-        softmax_error(logits, bias, target[chunk], smoothing, ignore_index, losses[chunk], error)
+        given = (target[chunk], smoothing, ignore_index, losses[chunk], error, factor, share, late)
+        softmax_error(logits, bias, *given)
         if grad_x:
-            by_x[chunk] = matmul(error, weight)
+            by_rows.append(matmul(error, weight, dtype))
         if grad_weight:
-            by_weight += matmul(error.t(), x[chunk])
+            by_weight = _added(by_weight, matmul(error.t(), x[chunk], dtype))
         if grad_bias:
-            by_bias += error.sum(0, dtype=torch.float32)
-    # the error stays unscaled until here: a mean over many rows would leave nothing of it in float16
-    gradients = (None if g is None else g.mul_(scale) for g in (by_x, by_weight, by_bias))
-    return losses.sum() * scale, *gradients
+            by_bias = _added(by_bias, error.sum(0, dtype=torch.float32))
+    by_x = torch.cat(by_rows) if len(by_rows) > 1 else by_rows[0] if by_rows else None
+    gradients = by_x, by_weight, by_bias
+    if late:
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(factor if share is None else share)
+    return losses.sum(), *gradients
+
+
+def _added(total, part):
+    return part if total is None else total.add_(part)
 
 
 def _cast(gradient, like):

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import launch, on_device_of, splits, tile_shape
+from ._launch import cdiv, launch, on_device_of, splits, tile_shape
 from ._rows import direction
 
 ROWS, COLS = 16, 128
@@ -119,7 +119,7 @@ def prototypes(x, target, num_classes, ignore_index):
             return x.new_zeros(classes, width, dtype=torch.float32), counts
         mean, reciprocal = x.new_empty(2, rows, dtype=torch.float32)
         launch(_directions, (rows,), x, mean, reciprocal, width, tile_shape(1, width)[1], num_warps=4)
-        tiles = triton.cdiv(width, COLS)
+        tiles = cdiv(width, COLS)
         parts = splits(classes * tiles, rows // classes, 4 * ROWS)
         sums = x.new_empty(parts, classes, width, dtype=torch.float32)
         launch(
