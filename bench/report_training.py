@@ -23,10 +23,11 @@ def by_key(results: dict, key: str) -> dict[str, dict]:
 
 def table(results: dict) -> str:
     """The Markdown table: a row for each case and variant."""
-    rows = [("case", "variant", "time", "peak memory"), ("---",) * 4]
+    rows = [("case", "variant", "step", "time", "peak memory"), ("---",) * 5]
     for group, info in by_key(results, "variants").items():
         for variant, found in info["variants"].items():
-            rows.append((group, variant, f"{found['time_ratio']:.2f}", f"{found['memory_ratio']:.2f}"))
+            ratios = f"{found['time_ratio']:.2f}", f"{found['memory_ratio']:.2f}"
+            rows.append((group, variant, f"{found['step_seconds'] * 1e3:.1f} ms", *ratios))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -99,7 +99,7 @@ def test_normalization(dtype, architecture):
     types |= {"reciprocal_ptr": "*fp32", "width": "i32"}
     check("gram", "_normalize", types, {"COLS": 2048}, architecture, 4)
     types = {"xn_ptr": f"*{dtype}", "by_xn_ptr": "*fp32", "reciprocal_ptr": "*fp32", "scale_ptr": "*fp32"}
-    types |= {"by_x_ptr": f"*{dtype}", "width": "i32"}
+    types |= {"by_x_ptr": f"*{dtype}", "width": "i32", "scale": "fp32"}
     check("gram", "_normalize_backward", types, {"COLS": 2048}, architecture, 4)
 
 

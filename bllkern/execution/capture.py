@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 WARM_UP = 3  # steps before one is recorded: what libraries, optimizers and lazy modules set up must be there
+
+_recording: ContextVar[bool] = ContextVar("bllkern_recording", default=False)
+
+
+def recording() -> bool:
+    """Whether the step that runs is to be replayed: then what a launch costs the host does not count."""
+    return _recording.get()
 
 
 def capture(step: Callable, *inputs: Tensor) -> CapturedStep:
@@ -73,10 +81,14 @@ class RecordedStep(CapturedStep):
         self._check(inputs)
         for static, x in zip(self.inputs, inputs, strict=True):
             static.copy_(x, non_blocking=True)
-        if self.warm_up_left:
-            return self._warm_up()
         if self.graph is None:
-            self._record()
+            token = _recording.set(True)
+            try:
+                if self.warm_up_left:
+                    return self._warm_up()
+                self._record()
+            finally:
+                _recording.reset(token)
         self.graph.replay()
         return self.output
 

@@ -21,6 +21,7 @@ from .. import backends
 from ..functional import batch_norm_relu
 from ..functional.convolution import cheap_to_repeat, normalized_convolution
 from . import noise
+from .capture import recording
 
 _RESIDUAL = {
     (where, name)
@@ -30,6 +31,7 @@ _RESIDUAL = {
 
 
 LARGE_BYTES = 8 << 20  # that a unit inside a block reads, from which on the memory that one pass spares counts
+LARGE_ON_GPU = 64 << 20  # of what is normalised, from which on one pass saves a GPU more than it costs the host
 
 
 def run(module: nn.Module, x: Tensor, side: int = 0) -> tuple[Tensor, Tensor | None]:
@@ -149,7 +151,9 @@ def _ended(
 
 
 def _applies(norm: nn.BatchNorm2d, x: Tensor, smallest: int = 1) -> bool:
-    """Whether there is a kernel for ``x`` [N, C, H, W] of at least ``smallest`` places a side."""
+    """Whether there is a kernel for ``x`` [N, C, H, W] of at least ``smallest`` places a side that pays."""
+    if x.is_cuda and x.nbytes < LARGE_ON_GPU and not recording():
+        return False
     if x.dim() != 4 or x.shape[1] != norm.num_features or min(x.shape[2:]) < smallest or _values(norm, x) < 2:
         return False
     dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)

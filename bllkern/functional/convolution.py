@@ -12,7 +12,7 @@ from ._checks import once_differentiable
 
 # Of what is normalised, the bytes from which on it counts in the peak of memory, and the products for each value from
 # which on making the value again costs little beside the convolution.
-LARGE_BYTES = {"cpu": 2 << 20, "cuda": 16 << 20}
+LARGE_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}
 PRODUCTS = {"cpu": 512, "cuda": 128}
 PIECE_BYTES = 2 << 20  # that a CPU makes again at a time, or as much as the weight, whose gradient is added up
 

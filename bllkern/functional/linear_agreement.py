@@ -1,4 +1,4 @@
-"""A linear block with its free energy, from one pass, as a differentiable function."""
+"""A linear block with its free energy as a differentiable function."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def linear_agreement(
     reduction: str = "mean",
     row_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A linear block and its free energy in one pass: forward message ``z`` and its :func:`.agreement` with ``b``.
+    """A linear block and its free energy: forward message ``z`` and its :func:`.agreement` with ``b``.
 
-    ``z = F.linear(x, weight, bias); loss = agreement(z, b, family, reduction)``, where the end of the matrix product
-    also yields the loss and its gradient by z.  The gradients by x and weight are then one matrix product each.
+    ``z = F.linear(x, weight, bias); loss = agreement(z, b, family, reduction)``, where one pass over z yields the loss
+    and its gradient by z.  The gradients by x and weight are then one matrix product each.
 
     Args:
         x: inputs of the block [N, K].

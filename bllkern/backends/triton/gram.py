@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ._launch import cdiv, launch, matmul, on_device_of, tile_shape
 from ._rows import direction
+from .linear_cross_entropy import mean_or_sum
 
 CHUNK = 2**22
 
@@ -82,10 +83,11 @@ def _gram_error(
 @triton.jit
 def _normalize_backward(
     xn_ptr,  # [rows, width]
-    by_xn_ptr,  # [rows, width] float32, to be multiplied by scale
+    by_xn_ptr,  # [rows, width] float32, to be multiplied by both scales
     reciprocal_ptr,  # [rows]
-    scale_ptr,  # []
+    scale_ptr,  # [], or None
     by_x_ptr,  # [rows, width]
+    scale,
     width,
     COLS: tl.constexpr,
 ):
@@ -104,7 +106,9 @@ def _normalize_backward(
         sums_xn += xn
     dot = tl.sum(dots, 0)
     mean = (tl.sum(sums_g, 0) - dot * tl.sum(sums_xn, 0)) / width
-    factor = tl.load(reciprocal_ptr + row) * tl.load(scale_ptr)
+    factor = tl.load(reciprocal_ptr + row) * scale
+    if scale_ptr is not None:
+        factor = factor * tl.load(scale_ptr)
     for start in range(0, width, COLS):
         mask = start + column < width
         xn = tl.load(xn_ptr + row * width + start + column, mask=mask, other=0.0).to(tl.float32)
@@ -121,7 +125,7 @@ def _normalized(x, counted, dtype):
 
 
 def _chunk(rows, xn, target, counted, squares, by_xn):
-    """Errors of the Gram matrix in ``rows``: their squares' partial sums and, unless ``None``, ``by_xn``."""
+    """Errors of the Gram matrix in ``rows``: partial sums of their squares and, unless ``None``, their ``by_xn``."""
     gram = matmul(xn[rows], xn.t())
     labels = target is not None and not target.is_floating_point()
     goal = matmul(target[rows], target.t()) if target is not None and not labels else target
@@ -136,39 +140,43 @@ def _chunk(rows, xn, target, counted, squares, by_xn):
     )  # fmt: skip
     squares.append(partial)
     if by_xn is not None:
-        by_xn[rows] = matmul(error, xn)
+        by_xn.append(matmul(error, xn))
 
 
-def _gram_loss(x, target, counted, grad_x):
-    rows = len(x)
+def _gram_loss(x, target, counted, ignore_index, grad_x):
+    rows, width = x.shape
     if rows == 0:
         return x.new_zeros((), dtype=torch.float32), torch.empty_like(x) if grad_x else None
+    # of each pair: 1 / M^2 as a number, or as a scalar on the device
+    factor, share = (1 / rows, None) if counted is None else mean_or_sum(target, "mean", ignore_index)
+    factor, share = factor**2, None if share is None else share * share
     xn, reciprocal = _normalized(x, counted, x.dtype)
     if target is not None and target.is_floating_point():
         target, _ = _normalized(target, None, x.dtype)
-    by_xn = torch.empty_like(x, dtype=torch.float32) if grad_x else None
-    squares, step = [], max(64, CHUNK // rows)
+    by_xn, squares, step = [] if grad_x else None, [], max(64, CHUNK // rows)
     for start in range(0, rows, step):
         _chunk(slice(start, min(start + step, rows)), xn, target, counted, squares, by_xn)
-    count = torch.full((), float(rows), device=x.device) if counted is None else counted.sum().clamp(min=1).float()
-    loss = torch.cat(squares).sum() / count**2
+    loss = _joined(squares).sum() * (factor if share is None else share)
     if not grad_x:
         return loss, None
-    by_x = torch.empty_like(x)
-    scale, width = 4 / count**2, x.shape[1]
-    cols = tile_shape(1, width)[1]
-    launch(_normalize_backward, (rows,), xn, by_xn, reciprocal, scale, by_x, width, cols, num_warps=4)
+    by_x, cols = torch.empty_like(x), tile_shape(1, width)[1]
+    tensors = (xn, _joined(by_xn), reciprocal, share, by_x)
+    launch(_normalize_backward, (rows,), *tensors, 4 * factor, width, cols, num_warps=4)
     return loss, by_x
+
+
+def _joined(parts):
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def similarity_matching(x, target, ignore_index, grad_x):
     """See ``bllkern/_ops.py``."""
     with on_device_of(x):
-        counted = None if target.is_floating_point() else (target != ignore_index).to(torch.uint8)
-        return _gram_loss(x.contiguous(), target.contiguous(), counted, grad_x)
+        counted = None if target.is_floating_point() else (target != ignore_index).view(torch.uint8)
+        return _gram_loss(x.contiguous(), target.contiguous(), counted, ignore_index, grad_x)
 
 
 def decorrelation(x, grad_x):
     """See ``bllkern/_ops.py``."""
     with on_device_of(x):
-        return _gram_loss(x.contiguous(), None, None, grad_x)
+        return _gram_loss(x.contiguous(), None, None, 0, grad_x)

@@ -163,7 +163,7 @@ def head(x, weight, bias, target, smoothing, reduction, ignore_index, grad_x, gr
             by_weight = _added(by_weight, matmul(error.t(), x[chunk], dtype))
         if grad_bias:
             by_bias = _added(by_bias, error.sum(0, dtype=torch.float32))
-    by_x = torch.cat(by_rows) if len(by_rows) > 1 else by_rows[0] if by_rows else None
+    by_x = by_rows[0] if len(by_rows) == 1 else torch.cat(by_rows) if by_rows else None
     gradients = by_x, by_weight, by_bias
     if late:
         for gradient in gradients:
