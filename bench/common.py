@@ -149,27 +149,36 @@ def device_clock() -> Callable[[], float]:
 
 
 class Rotation:
-    """On a GPU: the step on one set of inputs after another, each a replayed CUDA graph, so that caches are cold."""
+    """On a GPU: the step on one set of inputs after another, each a replayed CUDA graph, so that caches are cold.
+
+    A step that waits for the device, as those of some packages do, runs as it is.
+    """
 
     def __init__(self, steps: list[Callable[[], None]]):
-        self.graphs, self.next = [_captured(run) for run in steps], 0
+        self.steps, self.next = [_captured(run) for run in steps], 0
 
     def __call__(self):
-        self.graphs[self.next].replay()
-        self.next = (self.next + 1) % len(self.graphs)
+        self.steps[self.next]()
+        self.next = (self.next + 1) % len(self.steps)
 
 
-def _captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+def _captured(run: Callable[[], None]) -> Callable[[], None]:
+    stream, caller = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(caller)
     with torch.cuda.stream(stream):
         for _ in range(3):
             run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
+    caller.wait_stream(stream)
+    generator, graph = torch.cuda.default_generators[stream.device_index], torch.cuda.CUDAGraph()
+    before = generator.clone_state()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError:
+        torch.cuda.set_stream(caller)  # torch leaves both as a capture has them
+        generator.graphsafe_set_state(before)
+        return run
+    return graph.replay
 
 
 @dataclass

@@ -29,6 +29,7 @@ export PYTHONPATH=$site PYTHONUNBUFFERED=1
 # the installed package, which has the compiled module, not the folder that lies here
 printf 'import sys, pytest\nsys.exit(pytest.main(sys.argv[1:]))\n' >"$site/run_pytest.py"
 run_pytest() { python3 "$site/run_pytest.py" -q -p no:cacheprovider -m gpu "$@"; }
+kernels="backward and bfloat16"  # as GPUs train
 # the first ones first: what is interrupted is the last
 ops=(bench/bench_{agreement,linear_cross_entropy,evidence_cross_entropy,batch_norm_relu,gram,prototypes,linear_agreement}.py)
 benchmarks=(bench/bench_gpu_training.py bench/bench_offload.py "${ops[@]}" bench/bench_training.py bench/bench_depth.py)
@@ -50,7 +51,7 @@ sanitize() {
 warm_up() {
     local pids=() run
     for run in test_beside "captured_beside or test_captured" "${ops[@]}"; do
-        local file=$run chosen=backward
+        local file=$run chosen=$kernels
         if [ ! -f "$run" ]; then file=bench/bench_gpu_training.py chosen=$run; fi
         timeout 100 python3 "$site/run_pytest.py" -q -p no:cacheprovider -m gpu -k "$chosen" --benchmark-disable "$file" \
             >"$site/warm-up-${#pids[@]}.log" 2>&1 &
@@ -80,7 +81,7 @@ all_at_once() {
 measure() {
     # an interrupt, unlike a kill, lets what has been measured be written
     timeout --signal=INT --kill-after=20 $((budget - SECONDS)) python3 "$site/run_pytest.py" -q -p no:cacheprovider \
-        "${benchmarks[@]}" --benchmark-only -m gpu -k "backward or training or offload or depth" \
+        "${benchmarks[@]}" --benchmark-only -m gpu -k "$kernels or training or offload or depth" \
         --benchmark-json="$results"
 }
 

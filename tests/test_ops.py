@@ -134,6 +134,17 @@ def test_gradients_are_scaled_by_what_comes_from_above(case, backend):
 
 
 @on_every_backend
+def test_a_graph_that_is_kept_gives_the_same_again(case, backend):
+    leaves = [x.requires_grad_() for x in case.inputs()]
+    loss = (-2.5 * case.call(*leaves)).sum()
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    copies = [gradient.clone() for gradient in first]
+    last = torch.autograd.grad(loss, leaves)
+    for gradient, copy, again in zip(first, copies, last, strict=True):
+        assert torch.equal(gradient, copy) and torch.equal(again, copy)
+
+
+@on_every_backend
 def test_each_row_has_its_own_gradient_from_above(case, backend):
     leaves = [x.requires_grad_() for x in case.inputs()]
     loss = case.call(*leaves)

@@ -27,9 +27,10 @@ def agreement_types(dtype, *integers):
 @VARIANTS
 @pytest.mark.parametrize("family", ("bernoulli", "gaussian", "gaussian_learned", "poisson"))
 def test_agreement_of_units(family, dtype, architecture):
-    constants = {"FAMILY": family, "PER_ROW": False, "ROWS": 1, "COLS": 2048}
     types = agreement_types(dtype, "rows", "units", "tiles")
-    check("agreement", "_units", types, constants, architecture, WARPS)
+    for width in (2048, 4096):
+        constants = {"FAMILY": family, "PER_ROW": False, "ROWS": 1, "COLS": width}
+        check("agreement", "_units", types, constants, architecture, WARPS)
 
 
 @pytest.mark.parametrize("shape", ((512, 4), (16, 128), (1, 4096)), ids=str)
@@ -167,3 +168,9 @@ def test_gram_error(target, dtype, architecture):
         types |= {name: given} if given else {}
         constants |= {} if given else {name: None}
     check("gram", "_gram_error", types, constants, architecture, WARPS)
+
+
+@VARIANTS
+def test_scale(dtype, architecture):
+    types = {"x_ptr": f"*{dtype}", "factor_ptr": "*fp32", "count": "i32"}
+    check("scale", "_scale", types, {"COUNT": 8192}, architecture, WARPS)

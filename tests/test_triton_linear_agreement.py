@@ -79,9 +79,10 @@ def test_row_weights(family, size):
         compare(arguments((70, 24, 5), family, size, reduction, row_weights=weights))
 
 
+@pytest.mark.parametrize("weighted", (False, True))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_messages_keep_their_dtype(family):
-    args = arguments((9, 24, 5), family, row_weights=random(9, seed=4))
+def test_messages_keep_their_dtype(family, weighted):
+    args = arguments((9, 24, 5), family, row_weights=random(9, seed=4) if weighted else None)
     args[:3] = (x.bfloat16() for x in args[:3])
     got, expected = triton_worker.run("linear_agreement", *args), reference.linear_agreement(*double(args))
     assert [x.dtype for x in got] == [torch.bfloat16, torch.float32, torch.bfloat16, torch.float32]

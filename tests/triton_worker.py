@@ -54,14 +54,13 @@ def run(op: str, *args):
 
 
 def _repair_interpreter() -> None:
-    """Three defects: before triton 3.7 loop bounds are made by ``int`` from arrays [1], which numpy 2.4 refuses; and
-    all versions cut float32 off to bfloat16, where GPUs round to nearest even, and multiply matrices of bfloat16 by
-    the integers that stand for them."""
+    """Two defects: before triton 3.7 loop bounds are made by ``int`` from arrays [1], which numpy 2.4 refuses; and all
+    versions cut float32 off to bfloat16, where GPUs round to nearest even."""
     import triton.language as tl
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
-    patch, cast, dot = interpreter._patch_lang_tensor, builder.cast_impl, builder.create_dot
+    patch, cast = interpreter._patch_lang_tensor, builder.cast_impl
 
     def patch_lang_tensor(tensor, *scope):
         patch(tensor, *scope)
@@ -74,12 +73,8 @@ def _repair_interpreter() -> None:
             source = interpreter.TensorHandle(rounded, source.dtype)
         return cast(self, source, dtype)
 
-    def create_dot(self, a, b, *rest):
-        a, b = (cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-        return dot(self, a, b, *rest)
-
     interpreter._patch_lang_tensor = patch_lang_tensor
-    builder.cast_impl, builder.create_dot = cast_impl, create_dot
+    builder.cast_impl = cast_impl
 
 
 def _serve() -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 
 import torch
-
-from ..reference import linear_then_agreement
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -17,16 +14,13 @@ except ImportError as exception:
     error = f"triton cannot be imported ({exception})"
 else:
     error = None
-    from .agreement import agreement  # noqa: F401
+    from .agreement import agreement, linear_agreement  # noqa: F401
     from .batch_norm_relu import batch_norm_relu, batch_norm_relu_gradient  # noqa: F401
     from .evidence_cross_entropy import evidence_cross_entropy  # noqa: F401
     from .gram import decorrelation, similarity_matching  # noqa: F401
     from .linear_cross_entropy import linear_cross_entropy  # noqa: F401
     from .prototypes import prototypes, prototypes_gradient  # noqa: F401
     from .scale import scale_  # noqa: F401
-
-    linear_agreement = partial(linear_then_agreement, agreement)  # faster than one kernel with a product of its own
-
 
 def unavailable(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     if error:

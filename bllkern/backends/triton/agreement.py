@@ -1,10 +1,12 @@
 """``agreement``: loss and both gradients from one read of ``a`` and ``b``."""
 
 import torch
+import torch.nn.functional as F
 
 import triton
 import triton.language as tl
 
+from ..reference import weighted_agreement
 from . import families
 from ._launch import TILE, cdiv, launch, on_device_of, power_of_2, tile_shape
 
@@ -212,3 +214,14 @@ def agreement(a, b, family, group_size, reduction, grad_a, grad_b):
         else:
             loss = _launch_units(a, b, by_a, by_b, family, reduction, scale)
     return loss.view(shape) if reduction == "none" else loss, by_a, by_b
+
+
+def linear_agreement(x, weight, bias, b, row_weights, *settings):
+    """See ``bllkern/_ops.py``: the library's product, than which none in a kernel was as fast, and one pass over z.
+
+    Without weights messages of another dtype are read as they are.
+    """
+    z = F.linear(x, weight, bias)
+    if row_weights is None:
+        return z, *agreement(z, b, *settings)
+    return z, *weighted_agreement(agreement, z, b, row_weights, *settings)
