@@ -88,7 +88,7 @@ def peak_memory(run: Callable[[], None], device: str) -> int:
 
 def copy_bandwidth(device: str) -> float:
     """Bytes per second, read plus written, of a copy that no cache holds."""
-    source = torch.randn(1 << 25, device=device)
+    source = torch.randn(1 << (25 if device == "cpu" else 28), device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / median(seconds(lambda: target.copy_(source), device, rounds=10))
 

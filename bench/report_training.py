@@ -51,7 +51,8 @@ def draw_memory_against_depth(axes, results: dict) -> None:
             axes.plot(info["depths"], [peak / 2**20 for peak in peaks], "o-", label=variant)
         axes.set_title(group, fontsize=9)
     axes.set(xlabel="residual units, a boundary after each", ylabel="peak memory of a step, MiB", ylim=(0, None))
-    axes.legend(frameon=False)
+    if axes.lines:
+        axes.legend(frameon=False)
 
 
 def main(arguments: list[str]) -> int:

@@ -30,9 +30,14 @@ def results_of(op, arguments):
 
 
 def on_gpu(op, dtype=torch.float32):
-    """The arguments of each call of :func:`raw_calls` on the GPU, activations and messages in ``dtype``."""
+    """The arguments of each call of :func:`raw_calls` on the GPU, activations and messages in ``dtype``.
+
+    The bias of ``linear_agreement`` too, which a matrix product takes in the dtype of the rest.
+    """
     for arguments in raw_calls(op, True):
         low = move(arguments, lambda x: x.to(dtype) if x.dtype == torch.float32 and x.dim() > 1 else x)
+        if op == "linear_agreement" and low[2] is not None:
+            low[2] = low[2].to(dtype)
         yield move(low, lambda x: x.cuda())
 
 

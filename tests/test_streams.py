@@ -274,13 +274,13 @@ def trained_on_gpu(monkeypatch, model, objective, schedule, slow=False, dropped=
     forget(device)
     with bllkern.serial() if serial else contextlib.nullcontext():
         for x, y in data:
-            if slow:
-                torch.cuda._sleep(Slow.CYCLES)
+            if slow:  # longer than a block, which sleeps before it reads
+                torch.cuda._sleep(3 * Slow.CYCLES)
             with bllkern.targets(y):
                 loss = F.cross_entropy(net(x.clone()), y)
             loss.backward()
             if slow:
-                torch.cuda._sleep(Slow.CYCLES)
+                torch.cuda._sleep(3 * Slow.CYCLES)
             optimizers.step()
             optimizers.zero_grad()
     torch.cuda.synchronize()
