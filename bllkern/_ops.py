@@ -34,10 +34,11 @@ SCHEMAS = {
     "batch_norm_relu": "(Tensor x, Tensor weight, Tensor bias, Tensor? shortcut, float eps, int max_pool, bool ceil_mode,"
     " int pool) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # z: of the op above where it had a shortcut; by_z, by_features: gradients.  What is returned are the gradients by x,
-    # shortcut, weight and bias, the last two in the dtype of a loss.
-    "batch_norm_relu_gradient": "(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor variance, Tensor active,"
+    # shortcut, weight and bias, the last two in the dtype of a loss.  One that is not wanted has no elements, nor has that
+    # by x with over_x: it takes the place of x.
+    "batch_norm_relu_gradient": "(Tensor(a!) x, Tensor weight, Tensor bias, Tensor mean, Tensor variance, Tensor active,"
     " Tensor along, Tensor? z, Tensor? by_z, Tensor? by_features, float eps, int max_pool, bool ceil_mode, bool grad_x,"
-    " bool grad_shortcut) -> (Tensor?, Tensor?, Tensor, Tensor)",
+    " bool grad_shortcut, bool over_x) -> (Tensor, Tensor, Tensor, Tensor)",
     # x: [N, D], target: [N] or [N, E]
     "similarity_matching": "(Tensor x, Tensor target, int ignore_index, bool grad_x) -> (Tensor, Tensor?)",
     # x: [N, D]
@@ -114,8 +115,9 @@ def _batch_norm_relu(x, weight, bias, shortcut, eps, max_pool, ceil_mode, pool):
 
 
 def _batch_norm_relu_gradient(x, weight, bias, *rest):
-    *_, grad_x, grad_shortcut = rest
-    by_x, by_shortcut = (_activation(x, x.shape) if wanted else None for wanted in (grad_x, grad_shortcut))
+    *_, grad_x, grad_shortcut, over_x = rest
+    returned = grad_x and not over_x, grad_shortcut
+    by_x, by_shortcut = (_activation(x, x.shape) if one else x.new_empty(0) for one in returned)
     return by_x, by_shortcut, _loss(x, weight.shape), _loss(x, bias.shape)
 
 

@@ -205,3 +205,17 @@ def test_a_hook_inside_a_unit_sees_what_it_has_to_see(fused):
     unit.bn1.register_forward_hook(lambda module, args, output: seen.append(output))
     z, pooled = epilogue.run(unit, torch.randn(2, 4, 8, 8), 4)
     assert len(seen) == 1 and pooled is None and not fused
+
+
+@pytest.mark.parametrize("how", [None, "hook", "forward"])
+def test_what_others_have_of_a_convolution_stays(how, fused):
+    unit, seen = models.BasicBlock(8, 8, 1, None), []
+    if how == "hook":
+        unit.conv2.register_forward_hook(lambda module, args, output: seen.append(output))
+    elif how == "forward":
+        unit.conv2.forward = lambda x: seen.append(type(unit.conv2).forward(unit.conv2, x)) or seen[0]
+    z, _ = epilogue.run(unit, torch.randn(2, 8, 6, 6))
+    before = [output.detach().clone() for output in seen]
+    z.square().sum().backward()
+    assert all(map(torch.equal, seen, before)) and len(seen) == (how is not None)
+    assert [args[-1] for args in fused] == ([True, how is None] if NATIVE else [])  # spend_x

@@ -316,3 +316,30 @@ def test_errors_name_the_argument(change, error, message):
     given = dict(x=torch.zeros(2, 3, 4, 4), weight=torch.zeros(3), bias=torch.zeros(3)) | change
     with pytest.raises(error, match=message):
         batch_norm_relu(**given)
+
+
+@pytest.mark.parametrize("max_pool", [1, 2, 3])
+def test_a_spent_input_makes_place_for_its_gradient(backend, max_pool):
+    leaves = block((3, 5, 7, 6))
+    results = {}
+    for spend in (False, True):
+        x, weight, bias = (t.clone(memory_format=torch.preserve_format).requires_grad_() for t in leaves)
+        own = x * 1  # which nobody else reads
+        before = own.detach().clone()
+        z, features, *_ = batch_norm_relu(own, weight, bias, max_pool=max_pool, spend_x=spend)
+        loss = z.sin().sum() + features.square().sum()
+        kept = torch.autograd.grad(loss, (x, weight, bias), retain_graph=True)
+        assert torch.equal(own, before)
+        results[spend] = torch.autograd.grad(loss, (x, weight, bias))
+        assert all(map(torch.equal, kept, results[spend]))
+        assert torch.equal(own, results[True][0] if spend else before)
+    assert all(map(torch.equal, *results.values()))
+
+
+def test_whoever_needs_a_spent_input_after_all_gets_an_error(backend):
+    x, weight, bias = (t.requires_grad_() for t in block((3, 5, 7, 6)))
+    own = x * 1
+    square = own * own
+    (batch_norm_relu(own, weight, bias, spend_x=True)[1].sum()).backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.sum().backward()

@@ -377,7 +377,7 @@ def _gradient_calls(images, bias, wanted):
         pool = 0 if by_features is None else 2
         z, _, *kept = reference.batch_norm_relu(images, bias, bias, given, *settings, pool)
         by_z = None if pool and not shares else torch.randn_like(z)
-        yield images, bias, bias, *kept, z if shares else None, by_z, by_features, *settings, wanted, shares
+        yield images, bias, bias, *kept, z if shares else None, by_z, by_features, *settings, wanted, shares, False
 
 
 @pytest.mark.parametrize("wanted", [False, True], ids=["loss", "gradients"])

@@ -42,7 +42,8 @@ def _worker() -> subprocess.Popen:
 def run(op: str, *args):
     """``torch.ops.bllkern.<op>(*args)`` on the Triton backend, interpreted on the CPU.
 
-    For ``"scale_"``, which is no op: the tensor that it has changed.
+    For ``"scale_"``, which is no op, the tensor that it has changed; so for the gradient of ``batch_norm_relu`` with
+    ``over_x``, in place of that by x.
     """
     process = _worker()
     _send(process.stdin, (op, args))
@@ -82,6 +83,7 @@ def _serve() -> None:
     import traceback
 
     import bllkern
+    from bllkern import _ops
 
     _repair_interpreter()
     for name in ("linear_cross_entropy", "gram"):
@@ -96,6 +98,8 @@ def _serve() -> None:
                 results = args[0]
             else:
                 results = getattr(torch.ops.bllkern, op)(*args)
+            if op == "batch_norm_relu_gradient" and args[-1]:
+                results = args[0].contiguous(memory_format=_ops.layout(args[0])), *results[1:]
             reply = (results,) if isinstance(results, torch.Tensor) else tuple(results), ""
         except Exception:
             reply = (), traceback.format_exc()

@@ -52,14 +52,15 @@ def batch_norm_relu_gradient(
     ceil_mode: bool,
     grad_x: bool,
     grad_shortcut: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    over_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op ``batch_norm_relu_gradient`` of ``bllkern/_ops.py`` on the CPU."""
-    form, shape, dtype = layout(x), x.shape, x.dtype
+    form, shape, dtype, given = layout(x), x.shape, x.dtype, x
     x, z, by_z = _laid_out(x, form), _laid_out(z, form), _laid_out(by_z, form)
     active, along = _laid_out(active.float(), form), _laid_out(along.float(), form)
     weight, bias, mean, variance = _plain(weight), _plain(bias), _plain(mean), _plain(variance)
     by_features = None if by_features is None else _plain(by_features)
-    by_x = empty(shape, x, dtype, form) if grad_x else None
+    by_x = x if over_x else empty(shape, x, dtype, form) if grad_x else None
     by_shortcut = empty(shape, x, dtype, form) if grad_shortcut else None
     by_weight, by_bias = _zeros(shape[1], x), _zeros(shape[1], x)
     if x.numel():
@@ -68,7 +69,11 @@ def batch_norm_relu_gradient(
         sizes = (*shape, *pooled_shape(x, max_pool, ceil_mode, 1)[0][2:], *active.shape[2:])
         last = form is torch.channels_last
         _C.batch_norm_relu_gradient(*tensors, *gradients, *sizes, max_pool, eps, DTYPES[dtype], last)
-    return by_x, by_shortcut, by_weight, by_bias
+    if over_x and x is not given:
+        given.copy_(x)
+    if over_x or not grad_x:
+        by_x = x.new_empty(0)
+    return by_x, by_shortcut if grad_shortcut else x.new_empty(0), by_weight, by_bias
 
 
 _NO_GRADIENTS = (None,) * 6

@@ -212,18 +212,14 @@ def batch_norm_relu_gradient(
     ceil_mode,
     grad_x,
     grad_shortcut,
+    over_x,
 ):
     """By x ``weight r (g - by_bias / M - normalized by_weight / M)``, r the reciprocal deviation, g the gradient before
     ReLU, which is that by the shortcut; by bias ``sum(g)``, by weight ``sum(g normalized)``."""
-    full = _full(x)
+    full, unwanted = _full(x), x.new_empty(0)
     if x.numel() == 0:
-        zeros = full.new_zeros(weight.shape)
-        return (
-            _like(full, x) if grad_x else None,
-            _like(full, x) if grad_shortcut else None,
-            zeros,
-            zeros.clone(),
-        )
+        wanted, zeros = (grad_x and not over_x, grad_shortcut), full.new_zeros(weight.shape)
+        return *(_like(full, x) if one else unwanted.clone() for one in wanted), zeros, zeros.clone()
     normalized, own, index = _chosen(x, weight, bias, None, mean, variance, eps, max_pool, ceil_mode)
     upstream = torch.zeros_like(own) if by_z is None else by_z.to(own)
     if by_features is not None:
@@ -233,7 +229,10 @@ def batch_norm_relu_gradient(
     by_weight, by_bias = (g * normalized).sum((0, 2, 3)), g.sum((0, 2, 3))
     values, scale = x.numel() // x.shape[1], (weight.to(own) * torch.rsqrt(variance + eps))[:, None, None]
     by_x = scale * (g - (by_bias[:, None, None] + normalized * by_weight[:, None, None]) / values)
-    return (_like(by_x, x) if grad_x else None, _like(g, x) if grad_shortcut else None, by_weight, by_bias)
+    by_shortcut = _like(g, x) if grad_shortcut else unwanted.clone()
+    if over_x:
+        x.copy_(by_x)
+    return _like(by_x, x) if grad_x and not over_x else unwanted, by_shortcut, by_weight, by_bias
 
 
 def normalized_rows(x: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -73,17 +73,17 @@ def _forward(unit: nn.Module, x: Tensor) -> Tensor:
 
 
 def _sequential(children: list[nn.Module], x: Tensor, side: int) -> tuple[Tensor, Tensor | None]:
-    pooled = None
+    pooled, own = None, False
     while children:
         count = _fused(children)
         at_end = side if len(children) == max(count, 1) else 0
         batches: list[Batch] = []
         pool = children[2] if count == 3 else None
-        found = _ended(children[0], x, at_end, batches, pool=pool) if count else None
+        found = _ended(children[0], x, own, at_end, batches, pool=pool) if count else None
         _update(batches)
         if found is None:
             found, count = run(children[0], x, at_end), 1
-        (x, pooled), children = found, children[count:]
+        (x, pooled), own, children = found, _is_plain(children[0]), children[count:]
     return x, pooled
 
 
@@ -108,28 +108,32 @@ def _residual(unit: nn.Module, x: Tensor, side: int) -> tuple[Tensor, Tensor | N
     if not known or backends.choose("batch_norm_relu", kind, dtype) == "reference":
         return type(unit).forward(unit, x), None
     shortcut = x if unit.downsample is None else run(unit.downsample, x)[0]
-    norm, batches = None, []
+    norm, batches, own = None, [], False
     for conv, after in layers:
-        x = run(conv, x)[0] if norm is None else _next(norm, unit.relu, conv, x, batches)
-        norm = after
-    found = _ended(norm, x, side, batches, shortcut)
+        x = run(conv, x)[0] if norm is None else _next(norm, unit.relu, conv, x, own, batches)
+        norm, own = after, _is_plain(conv)
+    found = _ended(norm, x, own, side, batches, shortcut)
     _update(batches)
     return (unit.relu(norm(x) + shortcut), None) if found is None else found
 
 
-def _next(norm: nn.BatchNorm2d, relu: nn.ReLU, conv: nn.Module, x: Tensor, batches: list[Batch]) -> Tensor:
-    """``conv(relu(norm(x)))``, of which nothing but ``x`` is kept where that is cheap."""
-    if type(conv) is nn.Conv2d and cheap_to_repeat(conv, x) and not _hooked(conv) and _applies(norm, x):
-        out, mean, variance = normalized_convolution(conv, norm, x)
+def _next(
+    norm: nn.BatchNorm2d, relu: nn.ReLU, conv: nn.Module, x: Tensor, own: bool, batches: list[Batch]
+) -> Tensor:
+    """``conv(relu(norm(x)))``, of which nothing but ``x`` is kept where that is cheap; if it is our ``own``, nobody else
+    reads it."""
+    if _is_plain(conv) and cheap_to_repeat(conv, x) and _applies(norm, x):
+        out, mean, variance = normalized_convolution(conv, norm, x, own)
         batches.append((norm, _values(norm, x), mean, variance))
         return out
-    found = _ended(norm, x, 0, batches)
+    found = _ended(norm, x, own, 0, batches)
     return run(conv, relu(norm(x)) if found is None else found[0])[0]
 
 
 def _ended(
     norm: nn.BatchNorm2d,
     x: Tensor,
+    own: bool,
     side: int,
     batches: list[Batch],
     shortcut: Tensor | None = None,
@@ -144,7 +148,7 @@ def _ended(
         return None
     if shortcut is not None and (shortcut.shape != x.shape or shortcut.dtype != x.dtype):
         return None
-    settings = (norm.eps, window, ceil_mode, side, shortcut)
+    settings = (norm.eps, window, ceil_mode, side, shortcut, own)
     z, pooled, mean, variance = batch_norm_relu(x, norm.weight, norm.bias, *settings)
     batches.append((norm, _values(norm, x), mean, variance))
     return z, pooled if side else None
@@ -185,6 +189,11 @@ def _usable(norm: nn.Module) -> bool:
     if type(norm) is not nn.BatchNorm2d or _hooked(norm):
         return False
     return norm.training and norm.affine and (norm.momentum is not None or not norm.track_running_stats)
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether nobody but us has what ``conv`` returns."""
+    return type(conv) is nn.Conv2d and "forward" not in vars(conv) and not _hooked(conv)
 
 
 def _hooked(module: nn.Module) -> bool:

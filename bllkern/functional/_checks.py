@@ -108,10 +108,10 @@ def upstream_times(grads: tuple[Tensor | None, ...], upstream: Tensor | None) ->
         upstream = upstream.unsqueeze(-1)
     elif upstream.device.type == "cpu" and not compiling and upstream.item() == 1:
         return list(grads)
-    if compiling or _graph_is_kept():
+    if compiling or graph_is_kept():
         return [None if grad is None else (grad * upstream).to(grad.dtype) for grad in grads]
     return [None if grad is None else scale_(grad, upstream) for grad in grads]
 
 
 # whether the backward pass that runs was asked to retain the graph
-_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)

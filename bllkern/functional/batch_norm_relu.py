@@ -7,15 +7,15 @@ from torch import Tensor
 
 from ..backends import run
 from ..backends.reference import batch_norm_relu_formula
-from ._checks import check_device, needs_grad, once_differentiable, unified
+from ._checks import check_device, graph_is_kept, needs_grad, once_differentiable, unified
 
 
 class _BatchNormRelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, shortcut, *settings):
+    def forward(ctx, x, weight, bias, shortcut, spend_x, *settings):
         z, features, mean, variance, *kept = run("batch_norm_relu", x, weight, bias, shortcut, *settings)
         ctx.save_for_backward(x, weight, bias, mean, variance, *kept, None if shortcut is None else z)
-        ctx.settings = settings
+        ctx.spend_x, ctx.settings = spend_x, settings
         ctx.mark_non_differentiable(mean, variance)
         ctx.set_materialize_grads(False)  # most callers detach z, whose gradient would be zeros then
         return z, features, mean, variance
@@ -26,12 +26,24 @@ class _BatchNormRelu(torch.autograd.Function):
         if by_features is not None and by_features.shape[2] == 0:  # of pool=0, in a sum with others
             by_features = None
         if by_z is None and by_features is None:
-            return (None,) * 8
+            return (None,) * 9
         x, weight, bias, *_ = saved = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-        gradients = run("batch_norm_relu_gradient", *saved, by_z, by_features, *ctx.settings[:3], *wanted)
-        by_x, by_shortcut, by_weight, by_bias = gradients
-        return by_x, by_weight.to(weight.dtype), by_bias.to(bias.dtype), by_shortcut, *[None] * 4
+        given = (*saved, by_z, by_features, *ctx.settings[:3])
+        found = gradients(*given, ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.spend_x)
+        by_x, by_shortcut, by_weight, by_bias = found
+        return by_x, by_weight.to(weight.dtype), by_bias.to(bias.dtype), by_shortcut, *[None] * 5
+
+
+def gradients(x: Tensor, *given) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """By x, shortcut, weight and bias; of the last three of ``given``, whether the first two are wanted, and whether x
+    may make place for the gradient by it, which it does if no other backward pass will need x."""
+    *given, grad_x, grad_shortcut, spend_x = given
+    over_x = grad_x and spend_x and not graph_is_kept()
+    by_x, by_shortcut, *rest = run("batch_norm_relu_gradient", x, *given, grad_x, grad_shortcut, over_x)
+    if over_x:
+        torch.autograd.graph.increment_version(x)  # whoever needs its values after all gets an error
+        by_x = x.detach()
+    return by_x if grad_x else None, by_shortcut if grad_shortcut else None, *rest
 
 
 def batch_norm_relu(
@@ -43,6 +55,7 @@ def batch_norm_relu(
     ceil_mode: bool = False,
     pool: int = 4,
     shortcut: Tensor | None = None,
+    spend_x: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The end of a convolutional block: batch normalisation, ReLU, max pooling, and what a local loss reads of it.
 
@@ -59,6 +72,7 @@ def batch_norm_relu(
         ceil_mode: whether windows that are cut off at the edge count.
         pool: features are averaged to at most so many places a side, as by ``F.adaptive_avg_pool2d``; 0 makes none.
         shortcut: what is added before ReLU, in shape and dtype as x, or ``None``; only with ``max_pool=1``.
+        spend_x: unless the graph is retained, let the gradient by x take the place of x, which nobody else may read.
 
     Returns: z in the dtype of x; features [N, C, P, Q] ([N, C, 0, 0] for ``pool=0``); and mean and variance [C] of the
     batch (not corrected) for the running statistics, which have no gradient.  All but z are float32 (float64 for
@@ -90,7 +104,7 @@ def batch_norm_relu(
         z, features = batch_norm_relu_formula(x, weight, bias, *settings)
         return z.to(x.dtype), features, mean, variance
     if needs_grad(x, weight, bias, shortcut):
-        return _BatchNormRelu.apply(x, weight, bias, *settings)
+        return _BatchNormRelu.apply(x, weight, bias, shortcut, spend_x, *settings[1:])
     return run("batch_norm_relu", x, weight, bias, *settings)[:4]
 
 

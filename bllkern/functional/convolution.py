@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .._ops import layout
 from ..backends import run
 from ._checks import once_differentiable
+from .batch_norm_relu import gradients
 
 # Of what is normalised, the bytes from which on it counts in the peak of memory, and the products for each value from
 # which on making the value again costs little beside the convolution.
@@ -21,11 +22,12 @@ class _NormalizedConvolution(torch.autograd.Function):
     """A convolution of ``relu(batch_norm(x))``, of which nothing but x is kept."""
 
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, eps, weight, bias, *settings):
+    def forward(ctx, x, norm_weight, norm_bias, eps, spend_x, weight, bias, *settings):
         z, _, mean, variance, *_ = run("batch_norm_relu", x, norm_weight, norm_bias, None, eps, 1, False, 0)
         ctx.mark_non_differentiable(mean, variance)
         ctx.save_for_backward(x, weight, norm_weight, norm_bias, mean, variance)
-        ctx.eps, ctx.settings, ctx.biases = eps, settings, None if bias is None else bias.shape
+        ctx.eps, ctx.spend_x, ctx.settings = eps, spend_x, settings
+        ctx.biases = None if bias is None else bias.shape
         return torch.conv2d(z, weight, bias, *settings), mean, variance
 
     @staticmethod
@@ -35,7 +37,7 @@ class _NormalizedConvolution(torch.autograd.Function):
         through_norm = any(ctx.needs_input_grad[:3])
         stride, padding, dilation, groups = ctx.settings
         settings = (ctx.biases, stride, padding, dilation, False, (0, 0), groups)
-        wanted = ctx.needs_input_grad[4:6]
+        wanted = ctx.needs_input_grad[5:7]
         by_z, sums = None, [None, None]
         images = max(max(PIECE_BYTES, weight.nbytes) * len(x) // x.nbytes, 1) if x.is_cpu else len(x)
         weight = weight.contiguous(memory_format=layout(x))  # once, not for each piece
@@ -49,11 +51,11 @@ class _NormalizedConvolution(torch.autograd.Function):
             elif through_norm:
                 by_z = part
         if not through_norm:
-            return None, None, None, None, *sums, *[None] * 4
+            return *[None] * 5, *sums, *[None] * 4
         none = x.new_empty(*x.shape[:2], 0, 0)
-        given = (x, norm_weight, norm_bias, mean, variance, none, none, None, by_z, None)
-        by_x, _, *by_norm = run("batch_norm_relu_gradient", *given, ctx.eps, 1, False, ctx.needs_input_grad[0], False)
-        return by_x, *by_norm, None, *sums, *[None] * 4
+        given = (x, norm_weight, norm_bias, mean, variance, none, none, None, by_z, None, ctx.eps, 1, False)
+        by_x, _, *by_norm = gradients(*given, ctx.needs_input_grad[0], False, ctx.spend_x)
+        return by_x, *by_norm, None, None, *sums, *[None] * 4
 
 
 def _gradients(by_input: bool, by_parameters: tuple[bool, bool], *given) -> tuple[Tensor | None, ...]:
@@ -80,11 +82,14 @@ def cheap_to_repeat(conv: nn.Conv2d, x: Tensor) -> bool:
     return x.dtype == weight.dtype and (kind == "cuda" or x.dtype == torch.float32)
 
 
-def normalized_convolution(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``conv(F.relu(norm(x)))`` for a ``norm`` in training, in the dtype of ``x``.
+def normalized_convolution(
+    conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor, spend_x: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``conv(F.relu(norm(x)))`` for a ``norm`` in training, in the dtype of ``x``; ``spend_x`` as in
+    :func:`.batch_norm_relu`.
 
     Returns: the output, and mean and variance (not corrected) of the batch for the running statistics of ``norm``.
     """
     settings = (conv.stride, conv.padding, conv.dilation, conv.groups)
     weight, bias = (p if p is None else p.to(x.dtype) for p in (conv.weight, conv.bias))
-    return _NormalizedConvolution.apply(x, norm.weight, norm.bias, norm.eps, weight, bias, *settings)
+    return _NormalizedConvolution.apply(x, norm.weight, norm.bias, norm.eps, spend_x, weight, bias, *settings)

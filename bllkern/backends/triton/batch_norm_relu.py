@@ -376,14 +376,19 @@ def batch_norm_relu_gradient(
     ceil_mode,
     grad_x,
     grad_shortcut,
+    over_x,
 ):
     """See ``bllkern/_ops.py``."""
-    form, (images, channels, height, width) = layout(x), x.shape
+    form, (images, channels, height, width), own = layout(x), x.shape, x
     x, z, by_z = _in(form, x, z, by_z)
-    by_x, by_shortcut = (torch.empty_like(x) if wanted else None for wanted in (grad_x, grad_shortcut))
+    wanted = grad_x and not over_x, grad_shortcut
+    returned = [torch.empty_like(x) if one else x.new_empty(0) for one in wanted]
     if x.numel() == 0 or by_z is None and by_features is None:
-        zeros = [x.new_zeros(channels, dtype=torch.float32) for _ in range(2)]
-        return *(t if t is None else t.zero_() for t in (by_x, by_shortcut)), *zeros
+        for tensor in (*returned, own) if over_x else returned:
+            tensor.zero_()
+        return *returned, *(x.new_zeros(channels, dtype=torch.float32) for _ in range(2))
+    by_x, by_shortcut = (t if one else None for t, one in zip(returned, wanted, strict=True))
+    by_x = x if over_x else by_x
     last, sides = form == torch.channels_last, pooled_shape(x, max_pool, ceil_mode, 1)[0][2:]
     sizes = (channels, height, width, *sides)
     arguments = (x, *_float(weight, bias, mean, variance), eps)
@@ -410,4 +415,6 @@ def batch_norm_relu_gradient(
             tensors = (z, by_z, by_features, *gradients, by_weight, by_bias)
             found = (*arguments, *tensors, *sizes, *settings)
             launch_tiles(_backward, images * cdiv(windows, tiles[0]), channels, tiles, *found, each=each(last))
-    return by_x, by_shortcut, by_weight, by_bias
+        if over_x and x is not own:
+            own.copy_(x)
+    return *returned, by_weight, by_bias
