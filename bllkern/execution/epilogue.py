@@ -5,7 +5,9 @@ is detached.  So the gradient that comes back to the last convolution is known f
 (:func:`bllkern.functional.batch_norm_relu`), and no gradient of the whole activation is made.  Inside a block the same
 function spares what torch's modules make between a convolution and the next.
 
-This is done in an ``nn.Sequential``, and in the residual units of torchvision and :mod:`bllkern.models`.
+This is done in an ``nn.Sequential``, and in the residual units of torchvision and :mod:`bllkern.models`; on a GPU where
+tensors are large, or the step is recorded (:mod:`.capture`), since each launch of a kernel of ours takes the host longer
+than one of torch's.
 """
 
 from __future__ import annotations
