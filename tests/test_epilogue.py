@@ -219,3 +219,40 @@ def test_what_others_have_of_a_convolution_stays(how, fused):
     z.square().sum().backward()
     assert all(map(torch.equal, seen, before)) and len(seen) == (how is not None)
     assert [args[-1] for args in fused] == ([True, how is None] if NATIVE else [])  # spend_x
+
+
+class OnGpu:
+    """What is asked of a tensor [N, C, H, W] in bfloat16 on a GPU before anything is launched."""
+
+    is_cuda, device, dtype = True, torch.device("cuda"), torch.bfloat16
+
+    def __init__(self, *shape):
+        self.shape = torch.Size(shape)
+        self.nbytes = 2 * self.shape.numel()
+
+    def dim(self):
+        return len(self.shape)
+
+    def numel(self):
+        return self.shape.numel()
+
+    def is_contiguous(self, **options):
+        return True
+
+
+def test_on_a_gpu_what_is_large_or_recorded_is_one_pass(monkeypatch):
+    pytest.importorskip("triton")
+    norm, small, large = nn.BatchNorm2d(64), OnGpu(64, 64, 32, 32), OnGpu(512, 64, 32, 32)
+    assert large.nbytes == epilogue.LARGE_ON_GPU
+    assert not epilogue._applies(norm, small) and epilogue._applies(norm, large)
+    monkeypatch.setattr(epilogue, "recording", lambda: True)
+    assert epilogue._applies(norm, small)
+
+
+def test_on_a_gpu_what_is_large_is_made_again(monkeypatch):
+    conv, small, large = nn.Conv2d(64, 256, 1, bias=False), OnGpu(64, 64, 32, 32), OnGpu(256, 64, 32, 32)
+    assert not convolution.cheap_to_repeat(conv, large)  # float32 weights without autocast
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+    assert [convolution.cheap_to_repeat(conv, x) for x in (small, large)] == [False, True]
+    assert not convolution.cheap_to_repeat(nn.Conv2d(64, 64, 1), large)  # too few products for each value
