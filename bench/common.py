@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bllkern.cli import measure
+from bllkern.execution.capture import undone_if_it_fails
 
 PROVIDERS = ("eager", "compile", "bllkern")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -169,14 +170,11 @@ def _captured(run: Callable[[], None]) -> Callable[[], None]:
         for _ in range(3):
             run()
     caller.wait_stream(stream)
-    generator, graph = torch.cuda.default_generators[stream.device_index], torch.cuda.CUDAGraph()
-    before = generator.clone_state()
+    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with undone_if_it_fails(stream.device), torch.cuda.graph(graph):
             run()
     except RuntimeError:
-        torch.cuda.set_stream(caller)  # torch leaves both as a capture has them
-        generator.graphsafe_set_state(before)
         return run
     return graph.replay
 

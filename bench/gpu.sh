@@ -28,7 +28,7 @@ install() { python3 -m pip install -q --no-index --no-deps --no-build-isolation 
 export PYTHONPATH=$site PYTHONUNBUFFERED=1
 # the installed package, which has the compiled module, not the folder that lies here
 printf 'import sys, pytest\nsys.exit(pytest.main(sys.argv[1:]))\n' >"$site/run_pytest.py"
-run_pytest() { python3 "$site/run_pytest.py" -q -p no:cacheprovider -m gpu "$@"; }
+run_pytest=(python3 "$site/run_pytest.py" -q -p no:cacheprovider -m gpu)
 kernels="backward and bfloat16"  # as GPUs train
 # the first ones first: what is interrupted is the last
 ops=(bench/bench_{agreement,linear_cross_entropy,evidence_cross_entropy,batch_norm_relu,gram,prototypes,linear_agreement}.py)
@@ -37,13 +37,13 @@ benchmarks=(bench/bench_gpu_training.py bench/bench_offload.py "${ops[@]}" bench
 tests() {
     local workers=()
     if python3 -c 'import xdist' 2>/dev/null; then workers=(-n 4); fi
-    run_pytest "${workers[@]}" --tb=short tests
+    "${run_pytest[@]}" "${workers[@]}" --tb=short tests
 }
 
 sanitize() {
     for tool in memcheck racecheck; do
         compute-sanitizer --tool "$tool" --error-exitcode 1 \
-            python3 "$site/run_pytest.py" -q -p no:cacheprovider -m gpu tests/test_device.py -k "values and cuda" || return
+            "${run_pytest[@]}" tests/test_device.py -k "values and cuda" || return
     done
 }
 
@@ -53,7 +53,7 @@ warm_up() {
     for run in test_beside "captured_beside or test_captured" "${ops[@]}"; do
         local file=$run chosen=$kernels
         if [ ! -f "$run" ]; then file=bench/bench_gpu_training.py chosen=$run; fi
-        timeout 100 python3 "$site/run_pytest.py" -q -p no:cacheprovider -m gpu -k "$chosen" --benchmark-disable "$file" \
+        timeout 100 "${run_pytest[@]}" -k "$chosen" --benchmark-disable "$file" \
             >"$site/warm-up-${#pids[@]}.log" 2>&1 &
         pids+=($!)
     done
@@ -80,8 +80,8 @@ all_at_once() {
 
 measure() {
     # an interrupt, unlike a kill, lets what has been measured be written
-    timeout --signal=INT --kill-after=20 $((budget - SECONDS)) python3 "$site/run_pytest.py" -q -p no:cacheprovider \
-        "${benchmarks[@]}" --benchmark-only -m gpu -k "$kernels or training or offload or depth" \
+    timeout --signal=INT --kill-after=20 $((budget - SECONDS)) "${run_pytest[@]}" \
+        "${benchmarks[@]}" --benchmark-only -k "$kernels or training or offload or depth" \
         --benchmark-json="$results"
 }
 

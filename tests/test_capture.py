@@ -1,6 +1,7 @@
 """A whole training step as one CUDA graph: the same weights; on a CPU the same checks."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,3 +136,18 @@ def test_gpu_optimizer_that_counts_on_the_host_is_refused():
     with pytest.raises(RuntimeError, match="capturable=True"):
         bllkern.capture(step, torch.ones(2, device="cuda"))(torch.ones(2, device="cuda"))
     assert not p.any()
+
+
+def test_a_capture_that_fails_is_undone(monkeypatch):
+    """The stream and the generator of torch, played on a CPU."""
+    device, calls = torch.device("cuda", 0), []
+    generator = SimpleNamespace(clone_state=lambda: "state", graphsafe_set_state=calls.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+    monkeypatch.setattr(torch.cuda, "set_stream", calls.append)
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
+    with module.undone_if_it_fails(device):
+        pass
+    assert not calls
+    with pytest.raises(RuntimeError, match="invalidated"), module.undone_if_it_fails(device):
+        raise RuntimeError("capture invalidated")
+    assert calls == ["stream", "state"]

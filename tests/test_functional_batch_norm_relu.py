@@ -340,6 +340,6 @@ def test_whoever_needs_a_spent_input_after_all_gets_an_error(backend):
     x, weight, bias = (t.requires_grad_() for t in block((3, 5, 7, 6)))
     own = x * 1
     square = own * own
-    (batch_norm_relu(own, weight, bias, spend_x=True)[1].sum()).backward()
+    batch_norm_relu(own, weight, bias, spend_x=True)[1].sum().backward()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         square.sum().backward()

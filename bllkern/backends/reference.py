@@ -216,10 +216,13 @@ def batch_norm_relu_gradient(
 ):
     """By x ``weight r (g - by_bias / M - normalized by_weight / M)``, r the reciprocal deviation, g the gradient before
     ReLU, which is that by the shortcut; by bias ``sum(g)``, by weight ``sum(g normalized)``."""
-    full, unwanted = _full(x), x.new_empty(0)
+    full, wanted = _full(x), (grad_x and not over_x, grad_shortcut)
+
+    def returned(*gradients):
+        return (_like(g, x) if one else x.new_empty(0) for g, one in zip(gradients, wanted, strict=True))
+
     if x.numel() == 0:
-        wanted, zeros = (grad_x and not over_x, grad_shortcut), full.new_zeros(weight.shape)
-        return *(_like(full, x) if one else unwanted.clone() for one in wanted), zeros, zeros.clone()
+        return *returned(full, full), *(full.new_zeros(weight.shape) for _ in range(2))
     normalized, own, index = _chosen(x, weight, bias, None, mean, variance, eps, max_pool, ceil_mode)
     upstream = torch.zeros_like(own) if by_z is None else by_z.to(own)
     if by_features is not None:
@@ -229,10 +232,9 @@ def batch_norm_relu_gradient(
     by_weight, by_bias = (g * normalized).sum((0, 2, 3)), g.sum((0, 2, 3))
     values, scale = x.numel() // x.shape[1], (weight.to(own) * torch.rsqrt(variance + eps))[:, None, None]
     by_x = scale * (g - (by_bias[:, None, None] + normalized * by_weight[:, None, None]) / values)
-    by_shortcut = _like(g, x) if grad_shortcut else unwanted.clone()
     if over_x:
         x.copy_(by_x)
-    return _like(by_x, x) if grad_x and not over_x else unwanted, by_shortcut, by_weight, by_bias
+    return *returned(by_x, g), by_weight, by_bias
 
 
 def normalized_rows(x: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:

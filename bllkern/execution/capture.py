@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
@@ -44,6 +45,19 @@ def capture(step: Callable, *inputs: Tensor) -> CapturedStep:
         raise ValueError(f"inputs must be tensors on one device, got {sorted(map(str, devices)) or 'no tensor'}")
     device = devices.pop()
     return RecordedStep(step, inputs) if device.type == "cuda" else CapturedStep(step, inputs)
+
+
+@contextmanager
+def undone_if_it_fails(device: torch.device):
+    """Around the capture of a CUDA graph: torch leaves current stream and random numbers as one that fails has them."""
+    caller, generator = torch.cuda.current_stream(device), torch.cuda.default_generators[device.index]
+    before = generator.clone_state()
+    try:
+        yield
+    except RuntimeError:
+        torch.cuda.set_stream(caller)
+        generator.graphsafe_set_state(before)
+        raise
 
 
 class CapturedStep:
@@ -106,15 +120,11 @@ class RecordedStep(CapturedStep):
         return output
 
     def _record(self) -> None:
-        graph, caller = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.stream.device)
-        generator = torch.cuda.default_generators[self.stream.device_index]
-        before = generator.clone_state()
+        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
+            with undone_if_it_fails(self.stream.device), torch.cuda.graph(graph, stream=self.stream):
                 self.output = self.step(*self.inputs)
         except RuntimeError as error:
-            torch.cuda.set_stream(caller)  # torch leaves both as a capture has them
-            generator.graphsafe_set_state(before)
             raise RuntimeError(
                 "the step cannot be recorded as a CUDA graph. It must not read a value on the host (.item(), print, "
                 "`if loss > 1`), nor clip with error_if_nonfinite=True; what it allocates once must be there after "

@@ -27,22 +27,29 @@ class _BatchNormRelu(torch.autograd.Function):
             by_features = None
         if by_z is None and by_features is None:
             return (None,) * 9
-        x, weight, bias, *_ = saved = ctx.saved_tensors
-        given = (*saved, by_z, by_features, *ctx.settings[:3])
-        found = gradients(*given, ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.spend_x)
+        _, weight, bias, *_ = saved = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        found = gradients(saved, (by_z, by_features), ctx.settings[:3], *wanted, ctx.spend_x)
         by_x, by_shortcut, by_weight, by_bias = found
         return by_x, by_weight.to(weight.dtype), by_bias.to(bias.dtype), by_shortcut, *[None] * 5
 
 
-def gradients(x: Tensor, *given) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """By x, shortcut, weight and bias; of the last three of ``given``, whether the first two are wanted, and whether x
-    may make place for the gradient by it, which it does if no other backward pass will need x."""
-    *given, grad_x, grad_shortcut, spend_x = given
+def gradients(
+    saved: tuple[Tensor | None, ...],
+    upstream: tuple[Tensor | None, Tensor | None],
+    settings: tuple[float, int, bool],
+    grad_x: bool,
+    grad_shortcut: bool,
+    spend_x: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """By x, shortcut, weight and bias, with the arguments of the op; that by x takes its place if x may be spent and no
+    other backward pass will need it."""
     over_x = grad_x and spend_x and not graph_is_kept()
-    by_x, by_shortcut, *rest = run("batch_norm_relu_gradient", x, *given, grad_x, grad_shortcut, over_x)
+    args = (*saved, *upstream, *settings, grad_x, grad_shortcut, over_x)
+    by_x, by_shortcut, *rest = run("batch_norm_relu_gradient", *args)
     if over_x:
-        torch.autograd.graph.increment_version(x)  # whoever needs its values after all gets an error
-        by_x = x.detach()
+        torch.autograd.graph.increment_version(saved[0])  # whoever needs its values after all gets an error
+        by_x = saved[0].detach()
     return by_x if grad_x else None, by_shortcut if grad_shortcut else None, *rest
 
 

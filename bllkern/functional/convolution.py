@@ -53,8 +53,8 @@ class _NormalizedConvolution(torch.autograd.Function):
         if not through_norm:
             return *[None] * 5, *sums, *[None] * 4
         none = x.new_empty(*x.shape[:2], 0, 0)
-        given = (x, norm_weight, norm_bias, mean, variance, none, none, None, by_z, None, ctx.eps, 1, False)
-        by_x, _, *by_norm = gradients(*given, ctx.needs_input_grad[0], False, ctx.spend_x)
+        saved, settings = (x, norm_weight, norm_bias, mean, variance, none, none, None), (ctx.eps, 1, False)
+        by_x, _, *by_norm = gradients(saved, (by_z, None), settings, ctx.needs_input_grad[0], False, ctx.spend_x)
         return by_x, *by_norm, None, None, *sums, *[None] * 4
 
 

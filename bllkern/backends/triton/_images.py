@@ -158,11 +158,11 @@ def statistics(x, last: bool):
     shape = tile(places, channels, last, summed=True)
     parts, length = pieces(places, shape[0], cdiv(channels, shape[1])) if last else (1, places)
     means, squares = (x.new_empty(images * parts, channels, dtype=torch.float32) for _ in range(2))
-    found = (x, means, squares, places, channels, length, last)
-    launch_tiles(_statistics, images * parts, channels, shape, *found, each=each(last))
+    arguments = (x, means, squares, places, channels, length, last)
+    launch_tiles(_statistics, images * parts, channels, shape, *arguments, each=each(last))
     mean, variance = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
-    found = (means, squares, mean, variance, images * parts, channels, length, images * places)
-    launch_tiles(_combined, 1, channels, _few_channels(images * parts, channels), *found)
+    arguments = (means, squares, mean, variance, images * parts, channels, length, images * places)
+    launch_tiles(_combined, 1, channels, _few_channels(images * parts, channels), *arguments)
     return mean, variance
 
 

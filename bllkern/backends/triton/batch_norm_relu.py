@@ -387,8 +387,8 @@ def batch_norm_relu_gradient(
         for tensor in (*returned, own) if over_x else returned:
             tensor.zero_()
         return *returned, *(x.new_zeros(channels, dtype=torch.float32) for _ in range(2))
-    by_x, by_shortcut = (t if one else None for t, one in zip(returned, wanted, strict=True))
-    by_x = x if over_x else by_x
+    by_x = x if over_x else returned[0] if grad_x else None
+    by_shortcut = returned[1] if grad_shortcut else None
     last, sides = form == torch.channels_last, pooled_shape(x, max_pool, ceil_mode, 1)[0][2:]
     sizes = (channels, height, width, *sides)
     arguments = (x, *_float(weight, bias, mean, variance), eps)
@@ -413,8 +413,8 @@ def batch_norm_relu_gradient(
             overlap = any(side % count for side, count in zip(sides, bins, strict=True))
             settings = (images * height * width, *bins, overlap, max_pool, *given, last)
             tensors = (z, by_z, by_features, *gradients, by_weight, by_bias)
-            found = (*arguments, *tensors, *sizes, *settings)
-            launch_tiles(_backward, images * cdiv(windows, tiles[0]), channels, tiles, *found, each=each(last))
+            arguments = (*arguments, *tensors, *sizes, *settings)
+            launch_tiles(_backward, images * cdiv(windows, tiles[0]), channels, tiles, *arguments, each=each(last))
         if over_x and x is not own:
             own.copy_(x)
     return *returned, by_weight, by_bias
