@@ -123,6 +123,19 @@ def test_replays_from_a_cuda_graph(op, backend):
         assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
+@pytest.mark.gpu
+@DTYPES
+def test_linear_cross_entropy_adds_up_chunks(dtype, monkeypatch):
+    chunked = pytest.importorskip("bllkern.backends.triton.linear_cross_entropy")
+    monkeypatch.setattr(chunked, "CHUNK", 1)  # of 64 rows
+    x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((200, 24), (12, 24), (12,)))
+    arguments = x, weight, bias, torch.randint(12, (200,)), 0.1, "mean", -100, True, True, True
+    exact = move(arguments, lambda t: t.double() if t.is_floating_point() else t)
+    expected = backends.reference.linear_cross_entropy(*exact)
+    for got, e in zip(results_of("linear_cross_entropy", move(arguments, lambda t: t.cuda())), expected, strict=True):
+        assert (got.cpu().double() - e).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * e.norm()
+
+
 @pytest.fixture
 def without_launches(monkeypatch):
     """Triton kernels are called, with their grid, and do nothing."""

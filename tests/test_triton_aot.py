@@ -66,10 +66,8 @@ def test_softmax_error(shape, dtype, index, architecture):
 def test_log_evidence(family, dtype, architecture):
     parameters = "*fp32" if family == "categorical" else f"*{dtype}"
     types = {"a_ptr": parameters, "b_ptr": f"*{dtype}", "logits_ptr": "*fp32"}
-    types |= {"lse_ptr": "*fp32"} if family == "categorical" else {}
-    types |= {name: "i32" for name in ("rows", "classes", "units", "split_units", "size")}
+    types |= {name: "i32" for name in ("rows", "classes", "units", "split_units", "size", "pieces", "piece")}
     constants = {"FAMILY": family, "ROWS": 32, "COLS": 32 if family == "gaussian_learned" else 64}
-    constants |= {} if family == "categorical" else {"lse_ptr": None}
     check("evidence_cross_entropy", "_log_evidence", types, constants, architecture, 4)
 
 

@@ -73,10 +73,11 @@ def splits(tiles: int, length: int, shortest: int) -> int:
     return max(1, min(1024 // max(tiles, 1), length // shortest))
 
 
-def matmul(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``a @ b`` in its dtype or float32; operands in half precision go to tensor cores, which add up in float32."""
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32, total: Tensor | None = None) -> Tensor:
+    """``a @ b`` in its dtype or float32, added to ``total`` of that dtype where that is given; operands in half
+    precision go to tensor cores, which add up in float32."""
     if a.dtype == dtype:
-        return torch.mm(a, b)
+        return torch.mm(a, b) if total is None else total.addmm_(a, b)
     if a.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a.float(), b.float())
+        return torch.mm(a, b, out_dtype=dtype) if total is None else torch.addmm(total, a, b, dtype, out=total)
+    return matmul(a.float(), b.float(), dtype, total)

@@ -15,8 +15,9 @@ from .families import exp
 from .linear_cross_entropy import head, mean_or_sum, softmax_error
 from ._launch import cdiv, launch, on_device_of, power_of_2, splits
 
-# Largest group whose normaliser is computed again for the gradients; those of larger groups are kept from the logits.
-WHOLE_GROUP = 256
+# Largest group whose normaliser is computed again for the gradients; those of larger groups are kept from the logits,
+# where such a group is cut into pieces of at least PIECE units.
+WHOLE_GROUP, PIECE = 256, 32
 ROWS, COLS, WARPS = 32, 64, 4
 FACTORS = tl.constexpr(16)
 
@@ -46,17 +47,19 @@ def _bernoulli(a_ptr, b_ptr, row_mask, column_mask, rows, classes, units, ROWS: 
 
 @triton.jit
 def _categorical(
-    a_ptr, b_ptr, lse_ptr, row_mask, column_mask, rows, classes, units, size, ROWS: tl.constexpr, COLS: tl.constexpr
-):
-    """``log sum exp(x)`` of each group, x = a + b and a a log-probability, with a running maximum.
+    a_ptr, b_ptr, row_mask, column_mask, rows, classes, first, count, size, pieces, piece,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """``log sum exp(x)``, x = a + b and a a log-probability, of each of ``count`` pieces of groups, with a running
+    maximum.
 
     One exponential a unit: of the smaller of x and the maximum so far, relative to the larger.
     """
     evidence = tl.zeros([ROWS, COLS], tl.float32)
-    for _group in range(units):
+    for part in range(first, first + count):
         highest = tl.full([ROWS, COLS], -3e38, tl.float32)
         total = tl.zeros([ROWS, COLS], tl.float32)
-        for _unit in range(size):
+        for _unit in range(tl.minimum(piece, size - part % pieces * piece)):
             a = tl.load(a_ptr, mask=row_mask, other=0.0).to(tl.float32)
             x = a + tl.load(b_ptr, mask=column_mask, other=0.0).to(tl.float32)
             ratio = exp(-tl.abs(x - highest))
@@ -64,11 +67,7 @@ def _categorical(
             highest = tl.maximum(highest, x)
             a_ptr += rows
             b_ptr += classes
-        lse = highest + tl.log(total)
-        evidence += lse
-        if lse_ptr is not None:
-            tl.store(lse_ptr, lse, mask=row_mask & column_mask)
-            lse_ptr += rows * classes
+        evidence += highest + tl.log(total)
     return evidence
 
 
@@ -101,33 +100,36 @@ def _log_evidence(
     a_ptr,  # [D, rows]; categorical: log-probabilities
     b_ptr,  # [D, classes]
     logits_ptr,  # [splits, rows, classes] float32
-    lse_ptr,  # [groups, rows, classes] float32, or None
     rows,
     classes,
     units,
     split_units,
     size,
+    pieces,
+    piece,
     FAMILY: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Evidences of a tile [ROWS, COLS], summed over the ``split_units`` units from ``program_id(2) * split_units``."""
+    """Evidences of a tile [ROWS, COLS], summed over the ``split_units`` units from ``program_id(2) * split_units``.
+
+    A categorical unit is one of the ``pieces`` of a group of ``size``, of at most ``piece`` each.
+    """
     split = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)[None, :]
     row_mask, column_mask = row < rows, column < classes
     first = split * split_units
-    parameters = size if FAMILY == "categorical" else 1
-    a_ptr += first * parameters * rows + row
-    b_ptr += first * parameters * classes + column
+    parameter = first // pieces * size + first % pieces * piece
+    a_ptr += parameter * rows + row
+    b_ptr += parameter * classes + column
     count = tl.minimum(split_units, (units - first).to(tl.int32))
     if FAMILY == "bernoulli":
         evidence = _bernoulli(a_ptr, b_ptr, row_mask, column_mask, rows, classes, count, ROWS, COLS)
     elif FAMILY == "categorical":
-        if lse_ptr is not None:
-            lse_ptr += (first * rows + row) * classes + column
         evidence = _categorical(
-            a_ptr, b_ptr, lse_ptr, row_mask, column_mask, rows, classes, count, size, ROWS, COLS
+            a_ptr, b_ptr, row_mask, column_mask, rows, classes, first.to(tl.int32), count, size, pieces, piece,
+            ROWS, COLS,
         )  # fmt: skip
     else:
         evidence = _gaussian_learned(a_ptr, b_ptr, row_mask, column_mask, rows, classes, count, units, ROWS, COLS)
@@ -203,17 +205,24 @@ def _logits(a, messages, family, size):
     # a unit of a learned Gaussian takes twice the registers
     cols = COLS // 2 if family == "gaussian_learned" else min(COLS, max(16, power_of_2(classes)))
     tiles = cdiv(rows, ROWS), cdiv(classes, cols)
-    step = FACTORS.value if family == "bernoulli" else 1
-    split_units = cdiv(cdiv(units, splits(tiles[0] * tiles[1], units, step)), step) * step
-    parts = cdiv(units, split_units)
-    logits = a.new_empty(parts, rows, classes, dtype=torch.float32)
-    lse = a.new_empty(units, rows, classes, dtype=torch.float32) if size > WHOLE_GROUP else None
+    kept, pieces, piece = size > WHOLE_GROUP, 1, size
+    if kept:
+        piece = cdiv(size, splits(tiles[0] * tiles[1] * units, size, PIECE))
+        pieces, split_units = cdiv(size, piece), 1
+    else:
+        step = FACTORS.value if family == "bernoulli" else 1
+        split_units = cdiv(cdiv(units, splits(tiles[0] * tiles[1], units, step)), step) * step
+    parts = cdiv(units * pieces, split_units)
+    found = a.new_empty(parts, rows, classes, dtype=torch.float32)
     launch(
         _log_evidence, (*tiles, parts),
-        a.t().contiguous(), messages.t().contiguous(), logits, lse, rows, classes, units, split_units, size,
-        family, ROWS, cols, num_warps=WARPS,
+        a.t().contiguous(), messages.t().contiguous(), found, rows, classes, units * pieces, split_units,
+        size, pieces, piece, family, ROWS, cols, num_warps=WARPS,
     )  # fmt: skip
-    return logits.sum(0) if parts > 1 else logits[0], lse
+    lse = None
+    if kept:
+        found = lse = found.unflatten(0, (units, pieces)).logsumexp(1) if pieces > 1 else found
+    return found.sum(0) if len(found) > 1 else found[0], lse
 
 
 def _sum_of_means(p, q, error, lse, lse_strides, family, size):

@@ -160,9 +160,10 @@ def head(x, weight, bias, target, smoothing, reduction, ignore_index, grad_x, gr
         if grad_x:
             by_rows.append(matmul(error, weight, dtype))
         if grad_weight:
-            by_weight = _added(by_weight, matmul(error.t(), x[chunk], dtype))
+            by_weight = matmul(error.t(), x[chunk], dtype, by_weight)
         if grad_bias:
-            by_bias = _added(by_bias, error.sum(0, dtype=torch.float32))
+            part = error.sum(0, dtype=torch.float32)
+            by_bias = part if by_bias is None else by_bias.add_(part)
     by_x = by_rows[0] if len(by_rows) == 1 else torch.cat(by_rows) if by_rows else None
     gradients = by_x, by_weight, by_bias
     if late:
@@ -170,10 +171,6 @@ def head(x, weight, bias, target, smoothing, reduction, ignore_index, grad_x, gr
             if gradient is not None:
                 gradient.mul_(factor if share is None else share)
     return losses.sum(), *gradients
-
-
-def _added(total, part):
-    return part if total is None else total.add_(part)
 
 
 def _cast(gradient, like):
