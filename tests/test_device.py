@@ -127,7 +127,8 @@ def test_replays_from_a_cuda_graph(op, backend):
 @DTYPES
 def test_linear_cross_entropy_adds_up_chunks(dtype, monkeypatch):
     chunked = pytest.importorskip("bllkern.backends.triton.linear_cross_entropy")
-    monkeypatch.setattr(chunked, "CHUNK", 1)  # of 64 rows
+    monkeypatch.setattr(chunked, "LOGITS", 64 * 12)
+    monkeypatch.setattr(chunked, "CHUNK", 128 * 12)
     x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((200, 24), (12, 24), (12,)))
     arguments = x, weight, bias, torch.randint(12, (200,)), 0.1, "mean", -100, True, True, True
     exact = move(arguments, lambda t: t.double() if t.is_floating_point() else t)

@@ -122,6 +122,24 @@ def test_statistics_far_from_zero(layout):
     assert relative_error(got[2], mean) <= 2e-7 and relative_error(got[3], variance) <= 2e-6
 
 
+def test_statistics_of_images_that_differ():
+    """More images than one sweep combines, of which the first are nothing like the others."""
+    x, weight, bias = arguments((1030, 2, 1, 3))
+    x[:20] += 100
+    got = triton_worker.run("batch_norm_relu", x, weight, bias, None, 1e-5, 1, False, 0)
+    variance, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    assert relative_error(got[2], mean) <= 1e-6 and relative_error(got[3], variance) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_made_again(shape, dtype, layout):
+    x, weight, bias = arguments(shape, layout, dtype)
+    z, _, mean, variance, *_ = triton_worker.run("batch_norm_relu", x, weight, bias, None, 1e-5, 1, False, 0)
+    (again,) = triton_worker.run("normalized_relu", x, mean, variance, weight, bias, 1e-5)
+    assert torch.equal(again, z) and again.is_contiguous(memory_format=of_activations(x))
+
+
 def test_no_gradient_arrives(layout):
     x, weight, bias = arguments((2, 3, 4, 4), layout)
     kept = *torch.ones(2, 3), *torch.ones(2, 2, 3, 4, 4)

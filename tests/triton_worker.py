@@ -42,8 +42,8 @@ def _worker() -> subprocess.Popen:
 def run(op: str, *args):
     """``torch.ops.bllkern.<op>(*args)`` on the Triton backend, interpreted on the CPU.
 
-    For ``"scale_"``, which is no op, the tensor that it has changed; so for the gradient of ``batch_norm_relu`` with
-    ``over_x``, in place of that by x.
+    Or the backend's function of that name, which is no op.  From the gradient of ``batch_norm_relu`` with ``over_x`` the
+    tensor that it has changed, in place of that by x.
     """
     process = _worker()
     _send(process.stdin, (op, args))
@@ -86,18 +86,15 @@ def _serve() -> None:
     from bllkern import _ops
 
     _repair_interpreter()
-    for name in ("linear_cross_entropy", "gram"):
-        # chunks of the least number of rows, 64, so that small inputs take several
-        importlib.import_module(f"bllkern.backends.triton.{name}").CHUNK = 1
+    # chunks of the least number of rows, 64, so that small inputs take several, and of heads up to 128 in pieces of 64
+    importlib.import_module("bllkern.backends.triton.gram").CHUNK = 1
+    head = importlib.import_module("bllkern.backends.triton.linear_cross_entropy")
+    head.LOGITS, head.CHUNK = 1, 400
     replies, sys.stdout = sys.stdout.buffer, sys.stderr
     while (request := _receive(sys.stdin.buffer)) is not None:
         op, args = request
         try:
-            if op == "scale_":
-                bllkern.backends.triton.scale_(*args)
-                results = args[0]
-            else:
-                results = getattr(torch.ops.bllkern, op)(*args)
+            results = getattr(torch.ops.bllkern if op in _ops.SCHEMAS else bllkern.backends.triton, op)(*args)
             if op == "batch_norm_relu_gradient" and args[-1]:
                 results = args[0].contiguous(memory_format=_ops.layout(args[0])), *results[1:]
             reply = (results,) if isinstance(results, torch.Tensor) else tuple(results), ""

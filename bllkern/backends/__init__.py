@@ -11,6 +11,7 @@ import os
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _is_tracing
 from torch.autograd import _profiler_enabled
@@ -125,8 +126,14 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
     large = x.is_cuda and x.nbytes >= LARGE_BYTES and factor.dim() == 0 and x.is_contiguous()
     if not large or triton.error or x.dtype not in triton.DTYPES:
         return x.mul_(factor)
-    triton.scale_(x, factor)
-    return x
+    return triton.scale_(x, factor)
+
+
+def normalized_relu(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """``relu(batch_norm(x))`` by given mean and variance: what op ``batch_norm_relu`` made of them."""
+    if choose("batch_norm_relu", x.device.type, x.dtype, _named) == "triton":
+        return triton.normalized_relu(x, mean, variance, weight, bias, eps)
+    return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps).relu_()
 
 
 def _observed() -> bool:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._ops import layout
-from ..backends import run
+from ..backends import normalized_relu, run
 from ._checks import once_differentiable
 from .batch_norm_relu import gradients
 
@@ -42,7 +41,7 @@ class _NormalizedConvolution(torch.autograd.Function):
         images = max(max(PIECE_BYTES, weight.nbytes) * len(x) // x.nbytes, 1) if x.is_cpu else len(x)
         weight = weight.contiguous(memory_format=layout(x))  # once, not for each piece
         for places in (slice(start, start + images) for start in range(0, len(x), images)):
-            z = F.batch_norm(x[places], mean, variance, norm_weight, norm_bias, False, 0.0, ctx.eps).relu_()
+            z = normalized_relu(x[places], mean, variance, norm_weight, norm_bias, ctx.eps)
             part, *found = _gradients(through_norm, wanted, by_out[places], z, weight, *settings)
             sums = [new if old is None else old.add_(new) for old, new in zip(sums, found, strict=True)]
             if through_norm and len(part) < len(x):

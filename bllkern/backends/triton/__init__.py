@@ -15,12 +15,13 @@ except ImportError as exception:
 else:
     error = None
     from .agreement import agreement, linear_agreement  # noqa: F401
-    from .batch_norm_relu import batch_norm_relu, batch_norm_relu_gradient  # noqa: F401
+    from .batch_norm_relu import batch_norm_relu, batch_norm_relu_gradient, normalized_relu  # noqa: F401
     from .evidence_cross_entropy import evidence_cross_entropy  # noqa: F401
     from .gram import decorrelation, similarity_matching  # noqa: F401
     from .linear_cross_entropy import linear_cross_entropy  # noqa: F401
     from .prototypes import prototypes, prototypes_gradient  # noqa: F401
     from .scale import scale_  # noqa: F401
+
 
 def unavailable(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     if error:

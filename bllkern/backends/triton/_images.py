@@ -30,7 +30,7 @@ def tile(places: int, channels: int, last: bool, summed: bool = False) -> tuple[
 def pieces(length: int, rows: int, tiles: int) -> tuple[int, int]:
     """How many pieces, and of what length, a multiple of ``rows``, so that with as many ``tiles`` they fill a GPU;
     several times, so that it is not the last few that take long, where that leaves each at least 8 times ``rows``."""
-    count = max(splits(tiles, length, rows), min(4096 // tiles, length // (8 * rows)))
+    count = max(splits(tiles, length, rows), min(2048 // tiles, length // (8 * rows)))
     piece = rows * cdiv(length, rows * count)
     return cdiv(length, piece), piece
 
@@ -125,29 +125,31 @@ def _combined(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Mean and variance of ``values`` values from what :func:`_statistics` finds of pieces; the last may be shorter."""
+    """Mean and variance of ``values`` values from what :func:`_statistics` finds of pieces; the last may be shorter.
+
+    In one sweep, as there: differences are from the mean of the first ROWS pieces' means.
+    """
     column = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    known = column < channels
-    center = tl.load(means_ptr + column, mask=known, other=0.0)  # that of a piece, so that what is added up is small
+    known = (column < channels)[None, :]
+    row = tl.arange(0, ROWS)
+    mask = (row < pieces)[:, None] & known
+    own = tl.load(at(means_ptr, row, column, pieces, channels, True), mask=mask, other=0.0)
+    center = tl.sum(own, 0) / tl.minimum(pieces, ROWS)
     offs = tl.zeros([ROWS, COLS], tl.float32)
-    for start in range(0, pieces, ROWS):
-        piece = start + tl.arange(0, ROWS)
-        mask = (piece < pieces)[:, None] & known[None, :]
-        own = tl.load(at(means_ptr, piece, column, pieces, channels, True), mask=mask, other=0.0)
-        count = tl.minimum(values - piece.to(tl.int64) * length, length).to(tl.float32)
-        offs += tl.where(mask, own - center[None, :], 0.0) * (count / values)[:, None]
-    mean = center + tl.sum(offs, 0)
     squares = tl.zeros([ROWS, COLS], tl.float32)
     for start in range(0, pieces, ROWS):
-        piece = start + tl.arange(0, ROWS)
-        mask = (piece < pieces)[:, None] & known[None, :]
+        piece = start + row
+        mask = (piece < pieces)[:, None] & known
         own = tl.load(at(means_ptr, piece, column, pieces, channels, True), mask=mask, other=0.0)
         own_squares = tl.load(at(squares_ptr, piece, column, pieces, channels, True), mask=mask, other=0.0)
-        count = tl.minimum(values - piece.to(tl.int64) * length, length).to(tl.float32)
-        off = tl.where(mask, own - mean[None, :], 0.0)
-        squares += own_squares + off * off * count[:, None]
-    tl.store(mean_ptr + column, mean, mask=known)
-    tl.store(variance_ptr + column, tl.sum(squares, 0) / values, mask=known)
+        count = tl.minimum(values - piece.to(tl.int64) * length, length).to(tl.float32)[:, None]
+        off = tl.where(mask, own - center[None, :], 0.0)
+        offs += off * (count / values)
+        squares += own_squares + off * off * count
+    off = tl.sum(offs, 0)
+    variance = tl.sum(squares, 0) / values - off * off
+    tl.store(mean_ptr + column, center + off, mask=column < channels)
+    tl.store(variance_ptr + column, tl.where(variance < 0, 0.0, variance), mask=column < channels)
 
 
 def statistics(x, last: bool):

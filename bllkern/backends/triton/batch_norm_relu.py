@@ -355,6 +355,19 @@ def batch_norm_relu(x, weight, bias, shortcut, eps, max_pool, ceil_mode, pool):
     return z, features, mean, variance, active, along
 
 
+def normalized_relu(x, mean, variance, weight, bias, eps):
+    """``relu(batch_norm(x))`` by these mean and variance, of x [N, C, H, W] with elements: the very bits that
+    :func:`batch_norm_relu` found."""
+    (x,), channels, height, width = _in(layout(x), x), *x.shape[1:]
+    z, last = torch.empty_like(x), layout(x) == torch.channels_last
+    tiles = tile(height * width, channels, last)
+    sizes = channels, height, width, height, width
+    arguments = (x, *_float(weight, bias, mean, variance), eps, x, z, *sizes, 1, False, last)
+    with on_device_of(x):
+        launch_tiles(_forward, len(x) * cdiv(height * width, tiles[0]), channels, tiles, *arguments, each=each(last))
+    return z
+
+
 def _most(side: int, bins: int) -> int:
     """Places of the longest of so many bins along a side."""
     return max(-(-(i + 1) * side // bins) - i * side // bins for i in range(bins))
@@ -399,11 +412,14 @@ def batch_norm_relu_gradient(
     (z, by_z, by_features, *gradients), given = _filled(x, z, by_z, by_features, by_x, by_shortcut)
     with on_device_of(x):
         if given[1]:
-            tiles = tile(sides[0] * sides[1], channels, last, summed=True)
-            parts, length = pieces(sides[0] * sides[1], tiles[0], images * cdiv(channels, tiles[1]))
-            sums = x.new_empty(2, images * parts, channels, dtype=torch.float32)
-            settings = (length, max_pool, given[0], last)
-            launch_tiles(_sums, images * parts, channels, tiles, *arguments, z, by_z, *sums, *sizes, *settings)
+            # rows of channels-last images follow each other from one to the next, unless windows are cut off between
+            high = images if last and max_pool == 1 else 1
+            several, places = images // high, high * sides[0] * sides[1]
+            tiles = tile(places, channels, last, summed=True)
+            parts, length = pieces(places, tiles[0], several * cdiv(channels, tiles[1]))
+            sums = x.new_empty(2, several * parts, channels, dtype=torch.float32)
+            settings = (channels, high * height, width, high * sides[0], sides[1], length, max_pool, given[0], last)
+            launch_tiles(_sums, several * parts, channels, tiles, *arguments, z, by_z, *sums, *settings)
             found.append(added(sums))
         by_bias, by_weight = found[0] if len(found) == 1 else map(torch.add, *found)
         if grad_x or grad_shortcut:

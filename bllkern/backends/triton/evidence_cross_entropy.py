@@ -17,8 +17,11 @@ from ._launch import cdiv, launch, on_device_of, power_of_2, splits
 
 # Largest group whose normaliser is computed again for the gradients; those of larger groups are kept from the logits,
 # where such a group is cut into pieces of at least PIECE units.
-WHOLE_GROUP, PIECE = 256, 32
+WHOLE_GROUP, PIECE = 64, 32
 ROWS, COLS, WARPS = 32, 64, 4
+# A program of the gradients has fewer rows, as many as these at least, where there would be fewer programs than that, and
+# sums at least TERMS terms.
+LEAST_ROWS, PROGRAMS, TERMS = 4, 256, 8
 FACTORS = tl.constexpr(16)
 
 
@@ -234,8 +237,10 @@ def _sum_of_means(p, q, error, lse, lse_strides, family, size):
     wide = power_of_2(parameters)
     tall = min(power_of_2(units), max(1, COLS // wide))
     high = max(1, ROWS * COLS // (wide * tall) // (2 if learned else 1))
+    while high > LEAST_ROWS and cdiv(rows, high) * cdiv(units, tall) < PROGRAMS:
+        high //= 2
     tiles = cdiv(rows, high), cdiv(units, tall)
-    parts = splits(tiles[0] * tiles[1], terms, 32)
+    parts = splits(tiles[0] * tiles[1], terms, TERMS)
     split_terms = cdiv(terms, parts)
     parts = cdiv(terms, split_terms)
     out = p.new_empty(parts, rows, width, dtype=torch.float32)

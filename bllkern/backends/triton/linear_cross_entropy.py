@@ -1,6 +1,7 @@
 """``linear_cross_entropy``: matrix products over chunks of rows, and one kernel that turns logits into loss and error.
 
-A chunk of logits is what is held of [N, C]: at most ``CHUNK`` entries, however many rows and classes there are.
+Of [N, C] a chunk of errors is held, in the dtype of x, and a piece of the logits, in float32, however many rows and
+classes there are.  The larger a chunk, the less often the gradient by the weight is read and written to add to it.
 """
 
 import torch
@@ -11,7 +12,7 @@ import triton.language as tl
 from .families import exp
 from ._launch import TILE, WARPS, cdiv, launch, matmul, on_device_of, tile_shape
 
-CHUNK = 2**24
+LOGITS, CHUNK = 2**25, 2**26  # entries of a piece and of a chunk, unless 64 rows are more
 MANY = 2**13  # rows that one program does not count
 
 
@@ -147,20 +148,21 @@ def head(x, weight, bias, target, smoothing, reduction, ignore_index, grad_x, gr
         return x.new_zeros((), dtype=torch.float32), *(torch.zeros_like(t) if w else None for t, w in wanted)
     factor, share = mean_or_sum(target, reduction, ignore_index)
     losses = x.new_empty(rows, dtype=torch.float32)
-    step = max(64, CHUNK // classes // 64 * 64)
+    piece, step = (max(64, entries // classes // 64 * 64) for entries in (LOGITS, CHUNK))
     late = x.dtype == torch.float16  # a mean over many rows would leave nothing of the error
     dtype = torch.float32 if exact or late or rows > step else x.dtype
     wanted, by_rows, by_weight, by_bias = grad_x or grad_weight or grad_bias, [], None, None
     for start in range(0, rows, step):
-        chunk = slice(start, start + step)
-        logits = matmul(x[chunk], weight.t())
-        error = (logits if x.dtype == torch.float32 else torch.empty_like(logits, dtype=x.dtype)) if wanted else None
-        given = (target[chunk], smoothing, ignore_index, losses[chunk], error, factor, share, late)
-        softmax_error(logits, bias, *given)
+        chunk = x[start : start + step]
+        error = x.new_empty(len(chunk), classes) if wanted else None
+        for first in range(0, len(chunk), piece):
+            here, there = slice(first, first + piece), slice(start + first, start + min(first + piece, step))
+            given = target[there], smoothing, ignore_index, losses[there], error[here] if wanted else None
+            softmax_error(matmul(chunk[here], weight.t()), bias, *given, factor, share, late)
         if grad_x:
             by_rows.append(matmul(error, weight, dtype))
         if grad_weight:
-            by_weight = matmul(error.t(), x[chunk], dtype, by_weight)
+            by_weight = matmul(error.t(), chunk, dtype, by_weight)
         if grad_bias:
             part = error.sum(0, dtype=torch.float32)
             by_bias = part if by_bias is None else by_bias.add_(part)

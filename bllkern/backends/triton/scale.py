@@ -21,3 +21,4 @@ def scale_(x, factor):
     """``x.mul_(factor)``, ``x`` contiguous, ``factor`` a scalar on its device."""
     with on_device_of(x):
         launch(_scale, (cdiv(x.numel(), COUNT),), x, factor, x.numel(), COUNT)
+    return x
