@@ -17,7 +17,7 @@ from ._launch import cdiv, launch, on_device_of, power_of_2, splits
 
 # Largest group whose normaliser is computed again for the gradients; those of larger groups are kept from the logits,
 # where such a group is cut into pieces of at least PIECE units.
-WHOLE_GROUP, PIECE = 64, 32
+WHOLE_GROUP, PIECE = 32, 32
 ROWS, COLS, WARPS = 32, 64, 4
 # A program of the gradients has fewer rows, as many as these at least, where there would be fewer programs than that, and
 # sums at least TERMS terms.
