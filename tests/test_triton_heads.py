@@ -136,7 +136,7 @@ def test_evidence_of_groups_of_one_unit_does_not_depend_on_a():
     assert by_a.abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("groups, size", ((2, 260), (3, 33)))
+@pytest.mark.parametrize("groups, size", ((2, 260), (3, 33), (1, 70)))
 def test_evidence_of_large_groups_keeps_their_normalisers(groups, size):
     args = evidence_arguments(3, groups * size, 4, labels(3, 4, False), "categorical", size)
     compare("evidence_cross_entropy", args, 1e-5)

@@ -225,7 +225,7 @@ def _logits(a, messages, family, size):
     lse = None
     if kept:
         found = lse = found.unflatten(0, (units, pieces)).logsumexp(1) if pieces > 1 else found
-    return found.sum(0) if len(found) > 1 else found[0], lse
+    return found.sum(0) if len(found) > 1 or kept else found[0], lse  # the logits will be overwritten
 
 
 def _sum_of_means(p, q, error, lse, lse_strides, family, size):
