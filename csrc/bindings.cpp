@@ -11,6 +11,7 @@
 #include "batch_norm_relu.h"
 #include "evidence_cross_entropy.h"
 #include "gram.h"
+#include "hidden_layer.h"
 #include "isa.h"
 #include "linear_cross_entropy.h"
 #include "linear_head.h"
@@ -159,6 +160,18 @@ py::object small_head_loss(py::handle x, py::handle weight, py::handle bias, py:
                                      reduction == "mean", dtype));
 }
 
+void hidden_layer_at(Address x, Address weight, Address y, Address out, Address r, int64_t rows, int64_t width,
+                     int64_t units, float eps) {
+    HiddenLayerJob job = {x, weight, y, out, r, rows, width, units, eps};
+    without_lock_if_long(rows * width, [&] { BLLKERN_DISPATCH(hidden_layer)(job); });
+}
+
+void hidden_layer_gradient_at(Address x, Address weight, Address y, Address r, Address by_out, Address by_x,
+                              Address by_weight, int64_t rows, int64_t width, int64_t units) {
+    HiddenLayerGradientJob job = {x, weight, y, r, by_out, by_x, by_weight, rows, width, units};
+    without_lock_if_long(rows * width, [&] { BLLKERN_DISPATCH(hidden_layer_gradient)(job); });
+}
+
 int64_t normalize_rows_at(Address x, Address labels, Address normalized, int64_t rows, int64_t width,
                           int64_t ignore_index, int dtype) {
     NormalizeJob job = {x, labels, normalized, rows, width,
@@ -258,6 +271,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("softmax_errors", &softmax_errors_at);
     m.def("linear_head", &linear_head_at);
     m.def("small_head_loss", &small_head_loss);
+    m.def("hidden_layer", &hidden_layer_at);
+    m.def("hidden_layer_gradient", &hidden_layer_gradient_at);
     m.def("normalize_rows", &normalize_rows_at);
     m.def("normalize_gradient", &normalize_gradient_at);
     m.def("gram_error", &gram_error_at);

@@ -65,14 +65,6 @@ def limits(monkeypatch):
     return set_limits
 
 
-@pytest.fixture(params=_native._C.isas)
-def isa(request):
-    before = _native._C.isa()
-    _native._C.set_isa(request.param)
-    yield request.param
-    _native._C.set_isa(before)
-
-
 @every_call
 @both_paths
 @pytest.mark.parametrize("width", [5, 16, 37, 130])

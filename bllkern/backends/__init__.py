@@ -121,6 +121,14 @@ def small_linear_cross_entropy(*args) -> Tensor | None:
     return cpu.small_linear_cross_entropy(*args)
 
 
+def small_hidden_layer(x: Tensor, weight: Tensor) -> bool:
+    """Whether the compiled module has a kernel for the hidden layer of a head, which is no op: nobody may be there to
+    replace it, nor another backend be named."""
+    if _native.error or _named not in (None, "cpu") or _redirected() or torch.is_autocast_enabled("cpu"):
+        return False
+    return _PLAIN.issuperset((type(x), type(weight))) and _native.small_hidden_layer(x, weight)
+
+
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
     """``x.mul_(factor)``; a large ``x`` on a GPU is left alone where ``factor``, a scalar there, is 1."""
     large = x.is_cuda and x.nbytes >= LARGE_BYTES and factor.dim() == 0 and x.is_contiguous()
@@ -136,8 +144,12 @@ def normalized_relu(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, b
     return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps).relu_()
 
 
+def _redirected() -> bool:
+    return torch.compiler.is_compiling() or _is_tracing() or is_in_torch_dispatch_mode()
+
+
 def _observed() -> bool:
-    return torch.compiler.is_compiling() or _is_tracing() or is_in_torch_dispatch_mode() or _profiler_enabled()
+    return _redirected() or _profiler_enabled()
 
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, bool, int, float, str, type(None)))

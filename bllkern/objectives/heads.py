@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
+from ..functional.hidden_layer import hidden_layer
 from ..feedback import CONVOLUTIONS, LazyWeight
 from .features import averaged, channels_last, check_floating, in_full_precision, rows
 
@@ -40,7 +40,7 @@ class Head(nn.Module):
         if self.kind == "mlp":
             features = rows(z, tokens, self.pool, channel_dim)
             weight, _ = self.hidden(features)
-            return _activated(F.linear(features, weight))
+            return hidden_layer(features, weight)
         if not is_map(z, channel_dim):
             raise ValueError(f"head='conv' needs an activation [B, C, *spatial], got {list(z.shape)}")
         check_floating(z)
