@@ -31,8 +31,8 @@ printf 'import sys, pytest\nsys.exit(pytest.main(sys.argv[1:]))\n' >"$site/run_p
 run_pytest=(python3 "$site/run_pytest.py" -q -p no:cacheprovider -m gpu)
 kernels="backward and bfloat16"  # as GPUs train
 # the first ones first: what is interrupted is the last
-ops=(bench/bench_{agreement,linear_cross_entropy,evidence_cross_entropy,batch_norm_relu,gram,prototypes,linear_agreement}.py)
-benchmarks=(bench/bench_gpu_training.py bench/bench_offload.py "${ops[@]}" bench/bench_training.py bench/bench_depth.py)
+ops=(bench/bench_{linear_cross_entropy,evidence_cross_entropy,batch_norm_relu,gram,prototypes,linear_agreement,agreement}.py)
+benchmarks=(bench/bench_gpu_training.py bench/bench_offload.py "${ops[@]}" bench/bench_depth.py bench/bench_training.py)
 
 tests() {
     local workers=()

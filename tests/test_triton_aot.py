@@ -86,11 +86,13 @@ def test_log_evidence(family, dtype, architecture):
 def test_posterior_sum(family, shape, kept, dtype, architecture):
     fp32 = ("error_ptr", "out_ptr") + (("p_ptr",) if family == "categorical" else ()) + (("lse_ptr",) if kept else ())
     integers = ("rows", "terms", "width", "units", "split_terms", "size", "unit_stride", "parameter_stride",
-                "group_size", "lse_group", "lse_row", "lse_term")  # fmt: skip
+                "error_term", "error_row", "group_size", "lse_group", "lse_row", "lse_term")  # fmt: skip
     types = {"p_ptr": f"*{dtype}", "q_ptr": f"*{dtype}"} | dict.fromkeys(fp32, "*fp32") | dict.fromkeys(integers, "i32")
     constants = dict(zip(("FAMILY", "ROWS", "UNITS", "SIZE"), (family, *shape), strict=True))
     constants |= {} if kept else {"lse_ptr": None}
-    check("evidence_cross_entropy", "_posterior_sum", types, constants, architecture, 4)
+    for centred in (False, True):
+        constants["CENTRED"] = centred
+        check("evidence_cross_entropy", "_posterior_sum", types, constants, architecture, 4)
 
 
 @VARIANTS

@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import families as plain
 from .families import exp
 from .linear_cross_entropy import head, mean_or_sum, softmax_error
 from ._launch import cdiv, launch, on_device_of, power_of_2, splits
@@ -141,10 +140,19 @@ def _log_evidence(
 
 
 @triton.jit
+def _gaussian_mean(x, parameter):
+    """Of learned Gaussians with natural parameters x [..., 2], the means of their two statistics."""
+    second = (parameter == 1)[None, None, :]
+    variance = -0.5 / tl.sum(tl.where(second, x, 0.0), 2)[:, :, None]
+    m = tl.sum(tl.where(second, 0.0, x), 2)[:, :, None] * variance
+    return tl.where(second, m * m + variance, m)
+
+
+@triton.jit
 def _posterior_sum(
     p_ptr,  # [rows, D]
     q_ptr,  # [terms, D]
-    error_ptr,  # [terms, rows] float32
+    error_ptr,  # [terms, rows] float32 in strides error_term, error_row
     lse_ptr,  # [groups, rows, terms] float32 in strides lse_group, lse_row, lse_term; or None
     out_ptr,  # [splits, rows, D] float32
     rows,
@@ -155,16 +163,23 @@ def _posterior_sum(
     size,
     unit_stride,
     parameter_stride,
+    error_term,
+    error_row,
     group_size,
     lse_group,
     lse_row,
     lse_term,
     FAMILY: tl.constexpr,
+    CENTRED: tl.constexpr,
     ROWS: tl.constexpr,
     UNITS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """``sum_s error[s, r] mean(p_r + q_s)`` for a tile of ROWS rows and UNITS units of ``size`` parameters each."""
+    """``sum_s error[s, r] mean(p_r + q_s)`` for a tile of ROWS rows and UNITS units of ``size`` parameters each.
+
+    If CENTRED, ``sum_s error[s, r] (mean(p_r + q_s) - mean(p_r))``: these errors add up to 0 but for rounding, which
+    this keeps from being multiplied by the mean.  A categorical p is a log-probability then.
+    """
     split = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
@@ -177,19 +192,18 @@ def _posterior_sum(
     total = tl.zeros([ROWS, UNITS, SIZE], tl.float32)
     first = split * split_terms
     q_ptr += first * width + place[None, :, :]
-    error_ptr += first * rows + row[:, None, None]
+    error_ptr += first * error_term + row[:, None, None] * error_row
+    errors = tl.zeros([ROWS, 1, 1], tl.float32)
     if lse_ptr is not None:
         lse_ptr += (place // group_size)[None, :, :] * lse_group + row[:, None, None] * lse_row + first * lse_term
     for _term in range(tl.minimum(split_terms, (terms - first).to(tl.int32))):
         x = p + tl.load(q_ptr, mask=inside, other=0.0).to(tl.float32)
         error = tl.load(error_ptr, mask=(row < rows)[:, None, None], other=0.0)
+        errors += error
         if FAMILY == "bernoulli":
             total += error / (1 + exp(-x))
         elif FAMILY == "gaussian_learned":
-            second = (parameter == 1)[None, None, :]
-            variance = -0.5 / tl.sum(tl.where(second, x, 0.0), 2)[:, :, None]
-            m = tl.sum(tl.where(second, 0.0, x), 2)[:, :, None] * variance
-            total += error * tl.where(second, m * m + variance, m)
+            total += error * _gaussian_mean(x, parameter)
         elif lse_ptr is not None:
             total += error * exp(x - tl.load(lse_ptr, mask=mask, other=0.0))
             lse_ptr += lse_term
@@ -197,7 +211,14 @@ def _posterior_sum(
             e = exp(x - tl.max(x, 2)[:, :, None])
             total += e * (error / tl.sum(e, 2)[:, :, None])
         q_ptr += width
-        error_ptr += rows
+        error_ptr += error_term
+    if CENTRED:
+        if FAMILY == "bernoulli":
+            total -= errors / (1 + exp(-p))
+        elif FAMILY == "gaussian_learned":
+            total -= errors * _gaussian_mean(p, parameter)
+        else:
+            total -= errors * exp(p)
     tl.store(out_ptr + split * rows * width + offset, total, mask=mask)
 
 
@@ -228,8 +249,9 @@ def _logits(a, messages, family, size):
     return found.sum(0) if len(found) > 1 or kept else found[0], lse  # the logits will be overwritten
 
 
-def _sum_of_means(p, q, error, lse, lse_strides, family, size):
-    """``sum_s error[s, r] mean(p_r + q_s)`` [R, D] for p [R, D], q [S, D] and error [S, R]."""
+def _sum_of_means(p, q, error, lse, lse_strides, family, size, centred):
+    """``sum_s error[r, s] mean(p_r + q_s)`` [R, D] for p [R, D], q [S, D] and error [R, S]; less ``mean(p_r)`` each if
+    ``centred``."""
     (rows, width), terms = p.shape, len(q)
     learned = family == "gaussian_learned"
     parameters = 2 if learned else 1 if lse is not None else size
@@ -247,8 +269,8 @@ def _sum_of_means(p, q, error, lse, lse_strides, family, size):
     strides = (1, units) if learned else (parameters, 1)
     launch(
         _posterior_sum, (*tiles, parts),
-        p, q, error, lse, out, rows, terms, width, units, split_terms, parameters, *strides, size, *lse_strides,
-        family, high, tall, wide, num_warps=WARPS,
+        p, q, error, lse, out, rows, terms, width, units, split_terms, parameters, *strides,
+        error.stride(1), error.stride(0), size, *lse_strides, family, centred, high, tall, wide, num_warps=WARPS,
     )  # fmt: skip
     return out.sum(0) if parts > 1 else out[0]
 
@@ -268,12 +290,9 @@ def _evidence(
     by_a = by_messages = None
     if grad_a:
         strides = (rows * classes, classes, 1)
-        by_a = _sum_of_means(a, messages, error.t().contiguous(), lse, strides, family, size)
-        # sum_c e_c is 0 but for rounding, which this keeps from being multiplied by the mean
-        f = plain.Categorical(size) if family == "categorical" else plain.get(family)
-        by_a -= error.sum(1, keepdim=True) * f.mean(a.float())
+        by_a = _sum_of_means(a, messages, error, lse, strides, family, size, True)
     if grad_messages:
-        by_messages = _sum_of_means(messages, a, error, lse, (rows * classes, 1, classes), family, size)
+        by_messages = _sum_of_means(messages, a, error.t(), lse, (rows * classes, 1, classes), family, size, False)
     return losses.sum(), by_a, by_messages, error
 
 
