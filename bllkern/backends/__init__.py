@@ -126,7 +126,7 @@ def small_hidden_layer(x: Tensor, weight: Tensor) -> bool:
     replace it, nor another backend be named."""
     if _native.error or _named not in (None, "cpu") or _redirected() or torch.is_autocast_enabled("cpu"):
         return False
-    return _PLAIN.issuperset((type(x), type(weight))) and _native.small_hidden_layer(x, weight)
+    return _PLAIN.issuperset((type(x), type(weight))) and cpu.small_hidden_layer(x, weight)
 
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:

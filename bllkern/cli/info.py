@@ -14,7 +14,7 @@ from .. import _native, _ops, backends
 
 PACKAGES = ("torch", "triton", "numpy")
 DTYPE = torch.float32
-LINE = "  {:24}"
+LINE = "  {:26}"
 
 
 def run(args: argparse.Namespace) -> int:

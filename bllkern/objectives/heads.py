@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..functional.hidden_layer import hidden_layer
+from ..functional.hidden_layer import activated, hidden_layer
 from ..feedback import CONVOLUTIONS, LazyWeight
 from .features import averaged, channels_last, check_floating, in_full_precision, rows
 
@@ -48,7 +48,7 @@ class Head(nn.Module):
         weight, _ = self.hidden(maps)
         hidden = CONVOLUTIONS[z.dim() - 2](maps, weight, padding=1)
         if hidden.dim() != 4:
-            return averaged(_activated(hidden), self.pool).flatten(1)
+            return averaged(activated(hidden), self.pool).flatten(1)
         channels = hidden.shape[1]
         return functional.batch_norm_relu(
             hidden, hidden.new_ones(channels), hidden.new_zeros(channels), pool=self.pool
@@ -58,8 +58,3 @@ class Head(nn.Module):
 def is_map(z: Tensor, channel_dim: int | None) -> bool:
     """Whether ``z`` is [B, C, *spatial], which a convolution can read."""
     return z.dim() > 2 and not channels_last(z, channel_dim)
-
-
-def _activated(hidden: Tensor) -> Tensor:
-    """Batch normalisation by the batch's own statistics, then ReLU."""
-    return torch.relu(torch.batch_norm(hidden, None, None, None, None, True, 0.0, 1e-5, False))
