@@ -55,8 +55,8 @@ def limits(monkeypatch):
     """Sets which heads are small and how many rows a tile has."""
 
     def set_limits(small, rows):
-        monkeypatch.setattr(TILES, "_SMALL_CLASSES", 10**9 if small else 0)
-        monkeypatch.setattr(TILES, "_SMALL_PRODUCTS", 0)
+        monkeypatch.setattr(TILES, "_SMALL_CLASSES", dict.fromkeys(_native.DTYPES, 0))
+        monkeypatch.setattr(TILES, "_SMALL_PRODUCTS", 10**9 if small else 0)
         monkeypatch.setattr(TILES, "_TILE_ROWS", rows)
         monkeypatch.setattr(TILES, "_TILE_BYTES", 1)
         monkeypatch.setattr(GRAM, "_SMALL", 10**9 if small else 0)

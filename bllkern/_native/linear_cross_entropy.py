@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .module import _C, DTYPES, empty, empty_like
 
-_SMALL_CLASSES = 32  # matrix products with so few columns, or
+_SMALL_CLASSES = {torch.float32: 128}  # matrix products with so few columns (else 32), or
 _SMALL_PRODUCTS = 1 << 23  # with so few multiplications, are faster without the library
 _TILE_ROWS = 1024  # each tile reads the weight and updates its gradient: so many rows hide that behind the arithmetic
 _TILE_BYTES = 32 << 20  # of logits in a tile that are worth having where there are few classes
@@ -29,7 +29,7 @@ def linear_cross_entropy(
     classes, width = weight.shape
     pooled = x.dim() > 2
     features = _spatial_mean(x) if pooled else x
-    small = classes <= _SMALL_CLASSES or x.shape[0] * width * classes <= _SMALL_PRODUCTS
+    small = classes <= _SMALL_CLASSES.get(x.dtype, 32) or x.shape[0] * width * classes <= _SMALL_PRODUCTS
     loss, by_x, by_weight, by_bias = (_whole if small else _by_tiles)(
         features,
         weight,
