@@ -23,7 +23,7 @@ const OpenMP& openmp() {
     return found;
 }
 
-constexpr int64_t kMostThreads = 64;
+constexpr int64_t kMostThreads = 64;  // no more are asked for
 
 // Pieces in shares of consecutive ones, a thread's own first: torch's and oneDNN's threads take the same parts of a
 // tensor, so that much of what one wrote or read is in its core's cache.  Who has finished takes from other shares.

@@ -92,3 +92,9 @@ def test_equal_rows_and_one_row_have_no_gradient():
 def test_no_rows():
     out, *gradients = results(hidden_layer, *inputs(0, 6, 5))
     assert out.shape == (0, 5) and not gradients[1].any()
+
+
+def test_widths_that_differ():
+    x, weight, _ = inputs(4, 6, 5)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        hidden_layer(x[:, :5], weight)

@@ -12,8 +12,9 @@ _SMALL = 1 << 23  # multiplications of a product up to which one call takes less
 
 def small_hidden_layer(x: Tensor, weight: Tensor) -> bool:
     """Whether the functions below have kernels for x [N, D] and weight [H, D], and these pay."""
-    alike = x.is_cpu and x.dtype is weight.dtype is torch.float32
-    return alike and 0 < x.shape[0] * weight.numel() <= _SMALL
+    alike = x.is_cpu and weight.is_cpu and x.dtype is weight.dtype is torch.float32
+    fits = x.dim() == weight.dim() == 2 and x.shape[1] == weight.shape[1]
+    return alike and fits and 0 < x.shape[0] * weight.numel() <= _SMALL
 
 
 def hidden_layer(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..functional.hidden_layer import activated, hidden_layer
 from ..feedback import CONVOLUTIONS, LazyWeight
+from ..functional.hidden_layer import activated, hidden_layer
 from .features import averaged, channels_last, check_floating, in_full_precision, rows
 
 HEADS = ("auto", "linear", "mlp", "conv")
