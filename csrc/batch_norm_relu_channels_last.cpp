@@ -6,6 +6,7 @@
 namespace bllkern::BLLKERN_ISA {
 namespace {
 
+constexpr int64_t kAhead = 1024;         // elements of a shortcut that are on their way before they are added
 constexpr int64_t kNarrow = 3 * kLanes;  // channels up to which a pass takes one vector of them through all places
 
 // n channels from c on.
@@ -178,6 +179,7 @@ template <class T, int K> struct Row {
     // Window w of z, and what its bin keeps of it.
     BLLKERN_MEMBER Kept forward(const Norm& of, int64_t w) const {
         const Largest found = largest(of, w);
+        if (shortcut) __builtin_prefetch(shortcut + w * channels + of.c + kAhead);
         const Lanes t = shortcut ? found.t + at(shortcut, of, w) : found.t;
         const Lanes y = select(t < 0.f, Lanes{}, t);  // NaN stays NaN
         const Ints on = t > 0.f;
